@@ -1,0 +1,268 @@
+"""
+clip_vit.py - the CLIP vision transformer that LLaVA sees with (ViT-L/14 at 336 px), in one file.
+
+Needs   torch to run, safetensors to load, numpy and pillow to read a picture.
+        Nothing else of this repo: copy it and it works.
+Run     python clip_vit.py --weights DIR --image photo.jpg
+Matches transformers modeling_clip.py and open_clip's VisionTransformer  (tests/test_clip_vit.py)
+Paper   CLIP, https://arxiv.org/abs/2103.00020
+
+Shapes  N images  P patches  C width  H heads  D head size  I image side in px
+
+Left out on purpose: the text tower, the pooled embedding and its projection, training.
+"""
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)         # RGB, of pixels scaled to [0, 1]: OpenAI's published constants
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Config:
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    hidden: int = 4096
+    image: int = 336                               # I
+    patch: int = 14
+    norm_eps: float = 1e-5
+
+    @property
+    def side(self):
+        """Patches along one side: 24 for 336 / 14."""
+        return self.image // self.patch
+
+    @classmethod
+    def from_json(cls, raw):
+        """config.json of a CLIP folder, its vision_config, or open_clip_config.json, as a dict -> Config.
+
+        What transformers omits is filled with CLIPVisionConfig's defaults. ValueError names what is not implemented.
+        """
+        if "model_cfg" in raw:
+            return cls.from_open_clip(raw["model_cfg"])
+        raw = raw.get("vision_config") or raw
+        config = cls(width=raw.get("hidden_size", 768), layers=raw.get("num_hidden_layers", 12),
+                     heads=raw.get("num_attention_heads", 12), hidden=raw.get("intermediate_size", 3072),
+                     image=raw.get("image_size", 224), patch=raw.get("patch_size", 32),
+                     norm_eps=raw.get("layer_norm_eps", 1e-5))
+        plain = {"hidden_act": "quick_gelu", "num_channels": 3, "model_type": "clip_vision_model"}
+        odd = {key: raw[key] for key, value in plain.items() if raw.get(key, value) != value}
+        if odd:
+            raise ValueError(f"vision config sets {odd}: that is not OpenAI's CLIP and is not implemented here")
+        return config
+
+    @classmethod
+    def from_open_clip(cls, raw):
+        """`model_cfg` of open_clip_config.json -> Config. Every LLaVA tower has quick GELU; a plain one is refused."""
+        v = raw["vision_cfg"]
+        plain = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_ratio"}
+        odd = {key: v[key] for key in v.keys() - plain}
+        if raw.get("quick_gelu") is False:
+            odd["quick_gelu"] = False
+        if odd:
+            raise ValueError(f"open_clip config sets {odd}: that is not OpenAI's CLIP and is not implemented here")
+        return cls(width=v["width"], layers=v["layers"], heads=v["width"] // v.get("head_width", 64),
+                   hidden=int(v["width"] * v.get("mlp_ratio", 4.0)), image=v["image_size"], patch=v["patch_size"])
+
+
+def to_pixels(image):
+    """A PIL RGB image (any size) -> float32 (3, height, width), scaled to [0, 1] and normalised per channel."""
+    import numpy as np
+    x = np.asarray(image.convert("RGB"), dtype=np.float32) / 255    # (h, w, 3)
+    x = (x - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous()
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.width))
+        self.patch_embedding = nn.Conv2d(3, c.width, c.patch, c.patch, bias=False)
+        self.position_embedding = nn.Embedding(c.side ** 2 + 1, c.width)
+
+    def forward(self, pixels):
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (N, P, C), row by row
+        x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), 1)  # (N, 1 + P, C)
+        return x + self.position_embedding.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.heads
+        self.q_proj, self.k_proj = nn.Linear(c.width, c.width), nn.Linear(c.width, c.width)
+        self.v_proj, self.out_proj = nn.Linear(c.width, c.width), nn.Linear(c.width, c.width)
+
+    def forward(self, x):
+        N, P, C = x.shape
+        q, k, v = (p(x).view(N, P, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q = q * q.shape[-1] ** -0.5                                 # CLIP scales q, before the product
+        probs = (q @ k.transpose(-2, -1)).softmax(-1)               # (N, H, P, P), in the model's dtype
+        return self.out_proj((probs @ v).transpose(1, 2).reshape(N, P, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(c.width, c.hidden), nn.Linear(c.hidden, c.width)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))               # quick GELU
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(c.width, c.norm_eps), nn.LayerNorm(c.width, c.norm_eps)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+
+
+class CLIP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embeddings = Embeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.width, c.norm_eps)       # the checkpoints' own spelling
+        self.encoder = Encoder(c)
+
+    def forward(self, pixels, layer=-2):
+        """pixels (N, 3, I, I) -> hidden state `layer` (N, 1 + P, C), the class token first.
+
+        Counted as transformers' hidden_states: 0 enters block 0, -1 leaves the last block, -2 (LLaVA's) the one before.
+        """
+        x = self.pre_layrnorm(self.embeddings(pixels.to(self.pre_layrnorm.weight.dtype)))
+        for block in self.encoder.layers[:layer % (len(self.encoder.layers) + 1)]:
+            x = block(x)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+# Not in LLaVA's tower: the text tower, the pooled output, an index buffer; in transformers' and open_clip's names.
+SKIP = (r"post_layernorm\.|position_ids$|visual_projection|^text_|^logit_scale$|"
+        r"^visual\.ln_post\.|^visual\.proj$|^(transformer|token_embedding|ln_final)\.|^positional_embedding$")
+
+OPEN_CLIP = {"visual.class_embedding": "embeddings.class_embedding", "visual.conv1.": "embeddings.patch_embedding.",
+             "visual.positional_embedding": "embeddings.position_embedding.weight", "visual.ln_pre.": "pre_layrnorm.",
+             "visual.transformer.resblocks.": "encoder.layers.", ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.",
+             ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2."}
+
+
+def rename(name):
+    """A tensor name of a CLIP folder in transformers' or open_clip's spelling -> ours."""
+    if name.startswith("visual."):
+        for theirs, ours in OPEN_CLIP.items():
+            name = name.replace(theirs, ours)
+    return name.removeprefix("vision_model.")
+
+
+def split_qkv(pairs):
+    """open_clip keeps q, k and v as one tensor, rows in that order: three tensors instead."""
+    for name, tensor in pairs:
+        if ".attn.in_proj_" in name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield name.replace("in_proj_", f"{letter}_proj."), part
+        else:
+            yield name, tensor
+
+
+def read(files):
+    """Stream (name, tensor) from .safetensors or .bin files, in order, one tensor in memory at a time.
+
+    A mapped file's pages count as ours until it is closed, so each tensor opens it anew: peak memory is the model plus
+    one tensor, not plus a shard. `.bin` is unpickled with weights_only=True, which runs no code from the file.
+    """
+    from safetensors import safe_open
+    for file in map(str, files):
+        try:
+            if file.endswith(".safetensors"):
+                with safe_open(file, "pt") as f:
+                    names = list(f.keys())
+                for name in names:
+                    with safe_open(file, "pt") as f:
+                        yield name, f.get_tensor(name)
+            else:
+                for name in torch.load(file, map_location="cpu", weights_only=True, mmap=True):
+                    yield name, torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]
+        except OSError:
+            raise                                                   # its message names the file already
+        except Exception as e:                                      # each format has its own error classes
+            raise ValueError(f"{file} is damaged or not a checkpoint file ({e}); fetch it again") from e
+
+
+def load_into(model, pairs, rename=lambda name: name, skip=r"rotary_emb\.inv_freq$"):
+    """Copy (name, tensor) pairs into model: every parameter filled once, every tensor used or matching `skip`.
+
+    ValueError names what is missing, extra or misshapen. `rename` turns a checkpoint name into a parameter name.
+    """
+    want, extra = dict(model.named_parameters()), []
+    for name, tensor in pairs:
+        if re.search(skip, name):
+            continue
+        slot = want.pop(rename(name), None)
+        if slot is None:
+            extra.append(name)
+        elif slot.shape != tensor.shape:
+            raise ValueError(f"{name}: the checkpoint has {tuple(tensor.shape)}, the config wants {tuple(slot.shape)}")
+        else:
+            slot.data.copy_(tensor)
+    if want or extra:
+        raise ValueError(f"checkpoint does not fit: {len(want)} parameters missing {sorted(want)[:3]}, "
+                         f"{len(extra)} tensors extra {extra[:3]}")
+
+
+def load(folder, dtype=torch.float32, device="cpu"):
+    """A folder in transformers' layout (config.json) or open_clip's (open_clip_config.json) -> CLIP in eval mode."""
+    folder = Path(folder)
+    config = next((f for f in (folder / "open_clip_config.json", folder / "config.json") if f.exists()), None)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not config or not files:
+        raise FileNotFoundError(f"{folder}: no config.json or open_clip_config.json, or no *.safetensors and no *.bin")
+    with torch.device("meta"):                                      # no memory until the shapes are known
+        model = CLIP(Config.from_json(json.loads(config.read_text()))).to(dtype)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    load_into(model, split_qkv(read(files)), rename, SKIP)
+    return model
+
+
+def main():
+    from PIL import Image
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", metavar="DIR", required=True, help="folder with the weights and their config")
+    parser.add_argument("--image", metavar="FILE", required=True)
+    args = parser.parse_args()
+    model = load(args.weights)
+    side = model.config.image
+    image = Image.open(args.image).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    with torch.inference_mode():
+        patches = model(to_pixels(image)[None])[0, 1:]              # (P, C)
+    norms = patches.norm(dim=-1)
+    print(f"{len(patches)} patches of width {patches.shape[1]}; L2 norm {norms.min():.1f} to {norms.max():.1f}, "
+          f"median {norms.median():.1f}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,240 @@
+"""
+eval_gqa.py - questions: every dataset becomes one kind of record, `Question`, and one rule says if an answer is right.
+
+Needs   pillow for the built-in drawing; llava_min beside it for opening pictures.
+Use     questions = read_csv("GQA_val_..._ChooseAttr.csv", images="photos")
+Reads   the paper's six CSV files (FightingFighting/cross-modal-information-flow-in-MLLM, Table 1), an own picture and
+        question from the command line, or a drawing that is built in.
+Paper   https://arxiv.org/abs/2411.18620, sections 3.3 and 4.1
+
+The GQA accuracy of Table 2 and the collection of Table 1 are not here yet.
+"""
+import csv
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_min import open_image
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one picture, from any source. Empty fields: the source does not say."""
+    id: str
+    question: str
+    image: Path | None = None
+    answer: str = ""                               # lower case
+    task: str = ""
+    true_option: str = ""
+    false_option: str = ""
+    options: tuple = ()                            # both, where it is not known which is right
+    objects: tuple = ()                            # names of the annotated objects
+    boxes: tuple = ()                              # (x, y, w, h) in px of the picture, one per object that is on it
+    size: tuple | None = None                      # the picture's width and height that the boxes were drawn for
+    captions: str = ""
+    where: str = ""                                # file and line, for messages
+
+    @property
+    def key(self):
+        return f"{self.task}/{self.id}"
+
+    def open(self):
+        """The picture as PIL RGB, or None. ValueError: it is missing, broken, or not of the size the boxes are for."""
+        if self.image is None:
+            return None
+        image = open_image(self.image)
+        if self.size and image.size != self.size:
+            raise ValueError(f"{self.image} is {image.width}x{image.height}, the boxes are for "
+                             f"{self.size[0]}x{self.size[1]}")
+        return image
+
+    def prompt(self, model, **kwargs):
+        """model: llava_min.LLaVA -> Prompt of this question. ValueError names the file and line."""
+        try:
+            return model.prompt(self.question, self.open() if model.config.vision else None,
+                                true_option=self.true_option or None, false_option=self.false_option or None,
+                                options=self.options, objects=self.objects, boxes=self.boxes,
+                                captions=self.captions or None, **kwargs)
+        except ValueError as e:
+            raise ValueError(f"{self.where}: {e}" if self.where else str(e)) from e
+
+
+def is_right(prediction, answer):
+    """The paper's rule: the decoded greedy answer, stripped and in lower case, is the answer."""
+    return prediction.strip().lower() == answer.strip().lower()
+
+
+# ---------------------------------------------------------------------------------------------------- the paper's CSVs
+
+NEEDED = ("question_id", "img_id", "question", "answer")
+OBJECTS = ("central object", "object1", "object2")         # columns "NAME name", "NAME x", "NAME y", "NAME w", "NAME h"
+
+
+def read_csv(file, images=None, bad=None):
+    """One of the paper's CSV files -> list of Question, in file order.
+
+    images: directory with {img_id}.jpg. bad: a list that takes the messages of rows that cannot be read; without it
+    the first such row is a ValueError. ValueError: file missing or not CSV text, a column missing, no rows.
+    """
+    file = Path(file)
+    task = file.stem.rsplit("_", 1)[-1]
+    found, lines = [], {}
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, strict=True)
+            columns = reader.fieldnames or []
+            missing = [c for c in needed(columns) if c not in columns]
+            if missing:
+                raise ValueError(f"{file} has no column {', '.join(map(repr, missing))}; it has {columns[:30]}")
+            for row in reader:
+                try:
+                    q = read_row(row, task, images, f"{file}, line {reader.line_num}")
+                    if q.id in lines:
+                        raise ValueError(f"{q.where}: question_id {q.id} stands on line {lines[q.id]} too")
+                    lines[q.id] = reader.line_num
+                    found.append(q)
+                except ValueError as e:
+                    if bad is None:
+                        raise
+                    bad.append(str(e))
+    except OSError as e:
+        raise ValueError(f"{file}: {e.strerror}") from e
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{file} is not a CSV file in UTF-8 ({e})") from e
+    if not found and not bad:
+        raise ValueError(f"{file} has no questions")
+    return found
+
+
+def needed(columns):
+    """The columns a file with these columns must have: a box without its height is a damaged file."""
+    names = list(NEEDED)
+    for name in OBJECTS:
+        group = [f"{name} {end}" for end in ("name", "x", "y", "w", "h")]
+        names += group if any(c in columns for c in group) else []
+    for pair in (["true option", "false option"], ["image_w", "image_h"]):
+        names += pair if any(c in columns for c in pair) else []
+    return names
+
+
+def read_row(row, task, images, where):
+    if None in row or None in row.values():
+        raise ValueError(f"{where}: {'more' if None in row else 'fewer'} fields than the header has columns")
+
+    def number(column):
+        try:
+            value = float(row[column])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{where}, column {column!r}: {row[column]!r} is not a number")
+        return int(value) if value == int(value) else value
+
+    def text(column):
+        return "" if (row.get(column) or "-").strip() == "-" else row[column].strip()
+
+    for column in ("question_id", "img_id", "question"):
+        if not text(column):
+            raise ValueError(f"{where}, column {column!r}: empty")
+    boxes = []
+    for name in OBJECTS:
+        if text(f"{name} x"):
+            box = tuple(number(f"{name} {letter}") for letter in "xywh")
+            if box[2] < 0 or box[3] < 0:
+                raise ValueError(f"{where}: the box of {name} has a negative size")
+            boxes.append(box)
+    size = (number("image_w"), number("image_h")) if "image_w" in row else None
+    image = None
+    if images is not None:
+        name = text("img_id")
+        names = [name] if Path(name).suffix else [name + end for end in (".jpg", ".jpeg", ".png")]
+        image = next((Path(images) / n for n in names if (Path(images) / n).exists()), Path(images) / names[0])
+    return Question(id=text("question_id"), question=row["question"], image=image, answer=text("answer"), task=task,
+                    true_option=text("true option"), false_option=text("false option"),
+                    objects=tuple(n for o in OBJECTS if (n := text(f"{o} name"))), boxes=tuple(boxes), size=size,
+                    captions=text("captions"), where=where)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+def add_data_flags(parser):
+    """The flags every script shares for choosing questions."""
+    from runs import count
+    group = parser.add_argument_group("questions", "without --data and --image: one question about a built-in drawing")
+    group.add_argument("--data", nargs="+", metavar="CSV", help="the paper's question files")
+    group.add_argument("--images", metavar="DIR", help="their pictures, {img_id}.jpg")
+    group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each file")
+    group.add_argument("--all", action="store_true", help="count questions the model answers wrongly, too")
+    group.add_argument("--skip-bad", action="store_true", help="report rows that cannot be used and go on")
+    group.add_argument("--image", metavar="FILE", help="an own picture ...")
+    group.add_argument("--question", metavar="TEXT", help="... and the question about it")
+    group.add_argument("--answer", metavar="TEXT", help="its answer, if known")
+    group.add_argument("--options", metavar="A,B", help='both of an "A or B" question; the answer is the true one')
+    group.add_argument("--object", action="append", default=[], metavar="WORDS", help="an object the question names")
+    group.add_argument("--box", action="append", default=[], metavar="X,Y,W,H", help="where an object is, in px")
+
+
+def read_questions(args, bad, vision=True):
+    """Parsed flags -> list of Question. bad: takes messages of bad rows under --skip-bad. ValueError: bad input."""
+    own = {f"--{n}": getattr(args, n) for n in ("image", "question", "answer", "options", "object", "box")}
+    if args.data and any(own.values()):
+        raise ValueError(f"{next(n for n, v in own.items() if v)} and --data exclude each other")
+    if args.data:
+        if vision and not args.images:
+            raise ValueError("--data needs --images DIR, the folder of their pictures")
+        if args.images and not Path(args.images).is_dir():
+            raise ValueError(f"--images {args.images}: no such folder")
+        found = [q for f in args.data for q in read_csv(f, args.images, bad if args.skip_bad else None)[:args.limit]]
+        twice = [key for key, n in Counter(q.key for q in found).items() if n > 1]
+        if twice:
+            raise ValueError(f"--data gives question {twice[0]} twice")
+        return found
+    if any(own.values()):
+        return [own_question(args, vision)]
+    return [drawing(Path(args.out))]
+
+
+def own_question(args, vision):
+    """--image, --question and their companions -> Question."""
+    if not args.question or (vision and not args.image):
+        raise ValueError(f"{'--image' if not args.question else '--question'} needs "
+                         f"{'--question TEXT' if not args.question else '--image FILE'}")
+    answer = (args.answer or "").strip()
+    options = tuple(o.strip() for o in (args.options or "").split(",") if o.strip())
+    if args.options and len(options) != 2:
+        raise ValueError(f"--options {args.options}: give two, separated by a comma")
+    right = next((o for o in options if is_right(o, answer)), "")
+    if answer and options and not right:
+        raise ValueError(f"--answer {answer} is not one of --options {args.options}")
+    image, boxes = Path(args.image) if args.image else None, []
+    size = open_image(image).size if image else None
+    for text in args.box:
+        try:
+            x, y, w, h = box = tuple(map(float, text.split(",")))
+        except ValueError:
+            raise ValueError(f"--box {text}: give four numbers x,y,w,h") from None
+        if not size or not (0 <= x <= x + w <= size[0] and 0 <= y <= y + h <= size[1]):
+            raise ValueError(f"--box {text} (x,y,w,h) is not inside the {size[0]}x{size[1]} image" if size else
+                             "--box needs --image")
+        boxes.append(box)
+    return Question(id="own", question=args.question.strip(), image=image, answer=answer.lower(), task="own question",
+                    true_option=right, false_option=next((o for o in options if right and o != right), ""),
+                    options=() if right else options, objects=tuple(args.object), boxes=tuple(boxes), size=size)
+
+
+def drawing(out):
+    """A question about a picture that is drawn here and left in `out`, so that every script runs without a dataset."""
+    from PIL import Image, ImageDraw
+    image = Image.new("RGB", (480, 360), (236, 228, 210))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 250, 480, 360), fill=(150, 110, 70))         # a table
+    draw.ellipse((300, 170, 400, 270), fill=(40, 80, 200))          # a blue ball
+    draw.rectangle((90, 150, 170, 265), fill=(205, 35, 35))         # a red cup
+    draw.arc((150, 175, 215, 235), -90, 90, fill=(205, 35, 35), width=12)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "drawing.png"
+    image.save(file)
+    return Question(id="drawing", question="Is the cup red or blue?", image=file, answer="red", task="drawing",
+                    true_option="red", false_option="blue", objects=("cup",), boxes=((90, 150, 125, 115),),
+                    size=image.size)

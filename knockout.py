@@ -1,0 +1,309 @@
+"""
+knockout.py - attention knockout: how much does the answer need one group of tokens to read another, layer by layer?
+
+Run     python knockout.py --model llava-1.5-7b --src image --tgt question
+        python knockout.py --data *_ChooseAttr.csv --images photos --edge "image->last" "question->last"
+        python knockout.py --image photo.jpg --question "Is the cup red or blue?" --options red,blue --groups
+Needs   torch for the functions; llava_min and its neighbours, eval_gqa, runs, plots for the command line.
+Matches the paper's own code, every layer, edge and window of its golden runs  (tests/test_golden.py)
+Paper   https://arxiv.org/abs/2411.18620, Eq. 3-7, section 3.2; figures 3-5 are this script's picture
+
+    edge "source->target": in the k layers around layer l, no query at a target position may look at a key at a source
+    position. p_base, p_knockout: probability of the model's own first answer token without and with the cut.
+    change_percent = (p_knockout - p_base) / p_base * 100, one point for every l.
+
+Shapes  T tokens  L layers  H heads  D head size  V vocabulary
+
+What it writes: knockout.csv (a row per question, edge and layer), knockout.png, run.json.
+"""
+import math
+
+import torch
+
+
+def causal(T, S=None, device=None):
+    """keep (T, S), True = may look, for T queries that are the last of S positions.
+
+    causal(3) is  1 0 0
+                  1 1 0
+                  1 1 1
+    """
+    S = T if S is None else S
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def cut(keep, source, target):
+    """Eq. 7: queries at `target` may not look at keys at `source`. keep (T, T) bool, position lists -> keep (T, T).
+
+    cut(causal(3), [0], [2]) is  1 0 0
+                                 1 1 0
+                                 0 1 1
+    """
+    keep = keep.clone()
+    source, target = (torch.tensor(p, dtype=torch.long, device=keep.device) for p in (source, target))
+    keep[target[:, None], source] = False
+    return keep
+
+
+def to_mask(keep):
+    """bool keep (..., T, S), True = may look -> the paper's additive M (Eq. 4, 7): 0 keeps an edge, -inf cuts it.
+
+    Combine masks as bools and convert once, here: two finite "very small numbers" add up to -inf or wrap around.
+    ValueError names the query rows that would see nothing (their softmax is NaN).
+    """
+    blind = ~keep.any(-1)
+    if blind.any():
+        rows = sorted(set(blind.nonzero()[:, -1].tolist()))
+        raise ValueError(f"query position(s) {rows[:4]} may look at nothing: every key is cut")
+    return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
+
+
+def window(layer, k, L):
+    """The k layers around `layer`: layer - floor(k/2) .. layer + ceil(k/2) - 1, clipped to the model's L."""
+    return range(max(0, layer - k // 2), min(L, layer + (k + 1) // 2))
+
+
+@torch.inference_mode()
+def forward(decoder, x, clean, blocked, layers):
+    """The decoder's own loop with one difference: the layers in `layers` get the `blocked` mask.
+
+    x (1, T, C) embeddings; clean, blocked additive masks (T, T) -> logits of the last position (V,)
+    """
+    cos, sin = decoder.rope(torch.arange(x.shape[1], device=x.device))
+    for i, layer in enumerate(decoder.layers):
+        x = layer(x, cos, sin, blocked if i in layers else clean)
+    return decoder.lm_head(decoder.norm(x[0, -1]))
+
+
+def curve(decoder, x, source, target, token, k):
+    """One edge's knockout curve, the plain way, one forward pass per layer -> probability of `token` for each layer."""
+    keep, L = causal(x.shape[1], device=x.device), len(decoder.layers)
+    clean, blocked = to_mask(keep), to_mask(cut(keep, source, target))
+    return [probability(forward(decoder, x, clean, blocked, window(l, k, L)), token) for l in range(L)]
+
+
+def probability(logits, token):
+    """Eq. 6, softmax in float32. ValueError: not a number (float16 overflows in some models)."""
+    p = logits.float().softmax(-1)[token].item()
+    if not math.isfinite(p):
+        raise ValueError("non-finite probability: the dtype overflows in this model; use --dtype bfloat16 or float32")
+    return p
+
+
+def percent(p_base, p_knockout):
+    """Relative change in percent: (p2 - p1) / p1 * 100."""
+    return (p_knockout - p_base) / p_base * 100
+
+
+# ---------------------------------------------------------------------------------------------------- selfcheck
+
+@torch.inference_mode()
+def selfcheck(decoder, x, source, target, token, k, seed=0):
+    """Is the cut what Eq. 7 says? -> list of (sentence, measured, passed); passed is None where it is to compare.
+
+    Measured on the kernel that the experiment uses, with the window around the first, the middle and the last layer.
+    """
+    T, L = x.shape[1], len(decoder.layers)
+    keep = causal(T, device=x.device)
+    clean, blocked = to_mask(keep), to_mask(cut(keep, source, target))
+    cos, sin = decoder.rope(torch.arange(T, device=x.device))
+    leaked, before, below = [0.0], [0.0], [0.0]
+    for layers in (window(l, k, L) for l in {0, L // 2, L - 1}):
+        a = b = x                                                   # the clean run and the one with the cut
+        for i, layer in enumerate(decoder.layers):
+            if i in layers:
+                leaked.append(attention_on(layer, b, cos, sin, blocked, source)[target].max().item())
+            a, b = layer(a, cos, sin, clean), layer(b, cos, sin, blocked if i in layers else clean)
+            moved = (a - b).abs().amax((0, 2))                      # (T,)
+            before += moved[:min(target)].tolist()
+            below += moved.tolist() if i < layers.start else []
+    base = forward(decoder, x, clean, clean, ())
+    empty = (forward(decoder, x, clean, to_mask(cut(keep, [], target)), range(L)) - base).abs().max().item()
+
+    pool = [i for i in range(1, max(target)) if i not in target]    # position 0 soaks up attention in any model
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = sorted(pool[i] for i in order[:len(source)])
+    p, middle = probability(base, token), window(L // 2, k, L)
+
+    def change(places):
+        return percent(p, probability(forward(decoder, x, clean, to_mask(cut(keep, places, target)), middle), token))
+    return [("attention still paid over a cut edge, largest", max(leaked), max(leaked) == 0),
+            ("change of a row before the first target row, largest", max(before), max(before) == 0),
+            ("change of a row in a layer below the window, largest", max(below), max(below) == 0),
+            ("change of a logit when the source is empty, largest", empty, empty == 0),
+            (f"change_percent around layer {L // 2}, source of {len(source)} tokens", change(source), None),
+            (f"change_percent around layer {L // 2}, {len(drawn)} random tokens instead", change(drawn), None)]
+
+
+def attention_on(layer, x, cos, sin, mask, source):
+    """How much attention each row pays to the source keys, by the layer's own kernel: (T,), the largest over heads."""
+    q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)            # grouped keys serve several heads
+    marked = torch.zeros_like(k)
+    marked[:, :, source] = 1                                        # as values: the output is the attention on them
+    return layer.self_attn.kernel(q, k, marked, mask)[0, :, :, 0].amax(0)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "token", "edge", "window", "layer",
+           "p_base", "p_knockout", "change_percent")
+
+
+def start(model, q, paper_spans):
+    """One question, ready to be cut: (prompt, embeddings, first answer token, its logits, greedy answer)."""
+    p = q.prompt(model, paper_spans=paper_spans)
+    x = model.embed(p)
+    logits, caches = model.prefill(x, to_mask(causal(len(p), device=x.device)))     # the kernel of the cut runs
+    return p, x, logits.argmax().item(), logits, model.words(model.decode(logits, caches, 16))
+
+
+def measure(model, q, args, strict):
+    """Question -> (rows of knockout.csv, note for the run's summary). strict: a group that is empty is an error."""
+    from eval_gqa import is_right
+    from llava_min import EmptyGroup
+    p, x, token, logits, answer = start(model, q, args.paper_spans)
+    right = is_right(answer, q.answer)
+    if not (right or args.all or strict):
+        return [], {"right": False}
+    p_base, rows, skipped = probability(logits, token), [], {}
+    for edge in args.edges:
+        try:
+            source, target = map(p.positions, edge)
+        except EmptyGroup as e:
+            if strict:
+                raise
+            skipped["->".join(edge)] = str(e)
+            continue
+        for layer, p_cut in enumerate(curve(model.decoder, x, source, target, token, args.window)):
+            rows.append([q.id, q.image.name if q.image else "", q.task, q.question, q.answer, answer,
+                         model.tokenizer.id_to_token(token), "->".join(edge), args.window, layer, p_base, p_cut,
+                         percent(p_base, p_cut)])
+    return rows, {"right": right, "skipped": skipped}
+
+
+def main():
+    import llava_min
+    import plots
+    from eval_gqa import read_questions
+    from runs import Run, file_hash
+    args = parse()
+    bad = []
+    files = llava_min.resolve(args.model, args.revision, args.vision_tower)
+    questions = read_questions(args, bad, vision=llava_min.sees(files))
+    single = not args.data
+    if args.groups or args.selfcheck:
+        model = llava_min.load_files(files, args)
+        return show_groups(model, questions[0], args) if args.groups else show_selfcheck(model, questions, args)
+    device = llava_min.pick_device(args.device)
+    run = Run(args.out, "knockout.csv", COLUMNS, {
+        "model": files.origin, "revision": files.revision, "weights": llava_min.weights_hash(files), "device": device,
+        "dtype": str(llava_min.pick_dtype(args.dtype, device)).removeprefix("torch."), "preprocess": args.preprocess,
+        "data": [file_hash(f) for f in args.data or ()], "question": None if args.data else repr(questions[0]),
+        "edges": ["->".join(e) for e in args.edges], "window": args.window, "limit": args.limit, "all": args.all,
+        "paper_spans": args.paper_spans})
+    model = llava_min.load_files(files, args) if any(q.key not in run.done for q in questions) else None
+    for q in run.todo(questions, key=lambda q: q.key):
+        try:
+            rows, note = measure(model, q, args, strict=single)
+        except ValueError as e:
+            if not args.skip_bad:
+                raise
+            bad.append(str(e))
+            continue
+        run.write(q.key, rows, **note)
+    run.finish()
+    report(run, bad)
+    picture = run.csv.with_suffix(".png")
+    plots.knockout(run.csv, picture)
+    print(f"wrote {run.csv}, {picture} and {run.info}")
+
+
+def parse():
+    """The command line -> args, with args.edges as (source, target) pairs of canonical group names."""
+    from eval_gqa import add_data_flags
+    from llava_min import NAMES, add_model_flags, parse_edge
+    from runs import Parser, count
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("what to cut")
+    group.add_argument("--src", metavar="GROUP", help="keys to hide: a token group, " + ", ".join(NAMES) +
+                       ", text:WORDS, a+b or a-b")
+    group.add_argument("--tgt", metavar="GROUP", help="the queries they are hidden from: another group")
+    group.add_argument("--edge", nargs="+", action="extend", default=[], metavar="A->B",
+                       help="several edges in one run")
+    group.add_argument("--window", type=count, default=9, metavar="K", help="layers cut at once (9)")
+    group.add_argument("--paper-spans", action="store_true", help="find words as the paper's code does: hat in What")
+    add_model_flags(parser)
+    add_data_flags(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default="out/knockout", metavar="DIR", help="folder of the results (out/knockout)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="for --selfcheck's random source (0)")
+    group.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
+    group.add_argument("--selfcheck", action="store_true", help="check on these questions that it is Eq. 7, and stop")
+    args = parser.parse_args()
+    if bool(args.src) != bool(args.tgt):
+        raise ValueError("--src and --tgt go together")
+    edges = [f"{args.src}->{args.tgt}"] * bool(args.src) + args.edge
+    args.edges = list(dict.fromkeys(map(parse_edge, edges)))
+    if not args.edges and not args.groups:
+        raise ValueError("nothing to cut; give --src image --tgt question, or --edge \"image->question\"")
+    return args
+
+
+def show_groups(model, q, args):
+    """--groups: the token groups of one question, as a table and as a picture."""
+    import plots
+    p = q.prompt(model, paper_spans=args.paper_spans)
+    print(p.table(["->".join(e) for e in args.edges]))
+    if p.size:
+        from pathlib import Path
+
+        from llava_min import patch_boxes
+        picture = Path(args.out) / "groups.png"
+        plots.groups(q.open(), p, patch_boxes(p.size, model.config), q.boxes, picture)
+        print(f"wrote {picture}")
+
+
+def show_selfcheck(model, questions, args):
+    """--selfcheck: print what was measured; a check that fails ends with exit code 1."""
+    import sys
+
+    from llava_min import EmptyGroup
+    failed = checked = 0
+    for q in questions:
+        p, x, token, *_ = start(model, q, args.paper_spans)
+        for edge in args.edges:
+            try:
+                results = selfcheck(model.decoder, x, *map(p.positions, edge), token, args.window, args.seed)
+            except EmptyGroup as e:
+                print(f"{q.key}  {'->'.join(edge)}: skipped, {e}")
+                continue
+            print(f"{q.key}  {'->'.join(edge)}, window {args.window}")
+            for sentence, value, passed in results:
+                print(f"  {'      ' if passed is None else 'ok    ' if passed else 'FAILED'}  {sentence}: {value:.6g}")
+                failed += passed is False
+            checked += 1
+    print(f"{checked} edges checked, {failed} checks failed")
+    sys.exit(1 if failed or not checked else 0)
+
+
+def report(run, bad):
+    """What the run counted and what it left out, on stdout. ValueError: nothing could be measured."""
+    import re
+    from collections import Counter
+    notes = list(run.done.values())
+    skipped = Counter((edge, re.sub(r"'[^']*'", "a name", why))
+                      for note in notes for edge, why in note.get("skipped", {}).items())
+    print(f"{len(notes)} questions, {sum(n['right'] for n in notes)} answered right")
+    for message in bad:
+        print(f"left out: {message}")
+    for (edge, why), n in sorted(skipped.items()):
+        print(f"{edge}: no row for {n} questions ({why})")
+    if not any(n.get("rows") for n in notes):
+        raise ValueError("no row was measured: no question was answered right (--all counts the others, too), or none "
+                         "has the groups")
+
+
+if __name__ == "__main__":
+    from runs import cli
+    cli(main)

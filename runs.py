@@ -1,0 +1,231 @@
+"""
+runs.py - a long run that can be stopped: progress bar, a durable write per question, resume, run.json, one-line errors.
+
+Needs   tqdm, and what main() already needs. Nothing else of this repo: copy it and it works.
+Use     run = Run(out, "knockout.csv", COLUMNS, settings)
+        for question in run.todo(questions, key=lambda q: q.key):
+            run.write(question.key, rows)
+        run.finish()
+
+What is on disk, in --out:
+    NAME.csv       the rows of every finished question; each question's rows arrive in one write and are synced
+    NAME.progress  one JSON line per finished question: its key, where its rows end in the CSV, and a note. What the CSV
+                   holds beyond the last of these lines was cut off by a crash and is dropped when the run goes on
+    run.json       settings, command line, versions, times: where the numbers come from
+"""
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "pillow", "matplotlib")
+
+
+class Run:
+    """One run's files. ValueError: the directory holds a run with other settings, or files that are not a run's."""
+
+    def __init__(self, out, name, columns, settings):
+        """out: directory, made if absent. name: "x.csv". columns: header. settings: what the numbers depend on."""
+        self.out, self.csv = Path(out), Path(out) / name
+        self.journal, self.info = self.csv.with_suffix(".progress"), self.out / "run.json"
+        self.columns, self.settings = list(columns), json.loads(json.dumps(settings))
+        self.done, self.fresh, self.began = {}, 0, time.time()      # done: key -> note of a finished question
+        self.out.mkdir(parents=True, exist_ok=True)
+        calls = self.check_settings()
+        end = self.read_journal()
+        self.rows = open(self.csv, "r+b" if self.csv.exists() else "w+b")          # noqa: SIM115, closed by finish
+        self.rows.truncate(end)
+        self.rows.seek(end)
+        self.log = open(self.journal, "w" if end == 0 else "a", encoding="utf-8")  # noqa: SIM115
+        self.record = {"settings": self.settings, "calls": [*calls, {"command": sys.argv, "started": now()}],
+                       "versions": versions(), "machine": machine(), "questions": len(self.done)}
+        write_json(self.info, self.record)
+        if end == 0:
+            self.append([self.columns])
+            self.note({"end": self.rows.tell()})
+
+    def check_settings(self):
+        """Compare with the run.json that is there, if any; returns its list of calls."""
+        if not self.info.exists():
+            if self.csv.exists():
+                raise ValueError(f"{self.csv} is there without a run.json: not a run that can go on; use another --out")
+            return []
+        try:
+            old = json.loads(self.info.read_text(encoding="utf-8"))
+            theirs, calls = old["settings"], old["calls"]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{self.info} is not a run's record ({type(e).__name__}: {e}); use another --out") from e
+        for key in {**theirs, **self.settings}:
+            if theirs.get(key) != self.settings.get(key):
+                raise ValueError(f"{self.out} holds a run with {key} = {show(theirs.get(key))}, this one has "
+                                 f"{show(self.settings.get(key))}; use another --out, or delete that one")
+        return calls
+
+    def read_journal(self):
+        """Fill `done`; returns where the last finished question's rows end in the CSV (0: nothing there yet)."""
+        end, size = 0, self.csv.stat().st_size if self.csv.exists() else 0
+        if not self.journal.exists():
+            if size:
+                raise ValueError(f"{self.journal} is gone, without which {self.csv} cannot go on; use another --out")
+            return 0
+        text = self.journal.read_text(encoding="utf-8")
+        whole = text[:text.rfind("\n") + 1]                         # a line without its end was cut off by a crash
+        lines = []
+        for line in whole.splitlines():
+            note = json.loads(line)
+            if note["end"] > size:                                  # the CSV was cut by someone: believe the CSV
+                break
+            end = note["end"]
+            lines.append(line + "\n")
+            if "key" in note:
+                self.done[note["key"]] = note
+        if "".join(lines) != text:
+            replace_text(self.journal, "".join(lines))
+        return end
+
+    def todo(self, items, key):
+        """Yield the items that are not finished, under a progress bar that counts all of them."""
+        from tqdm import tqdm
+        items = list(items)
+        with tqdm(total=len(items), initial=sum(key(item) in self.done for item in items), unit="question",
+                  file=sys.stderr, dynamic_ncols=True) as bar:
+            for item in items:
+                if key(item) not in self.done:
+                    yield item
+                    bar.update()
+
+    def write(self, key, rows, **note):
+        """The rows (lists, in column order) of one finished question: on disk when this returns."""
+        self.append(rows)
+        self.done[key] = {"key": key, "end": self.rows.tell(), "rows": len(rows), **note}
+        self.note(self.done[key])
+        self.fresh += 1
+
+    def append(self, rows):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)       # floats come out as repr, in full precision
+        self.rows.write(text.getvalue().encode())
+        self.rows.flush()
+        os.fsync(self.rows.fileno())
+
+    def note(self, line):
+        self.log.write(json.dumps(line) + "\n")                     # after the rows: without it they do not count
+        self.log.flush()
+
+    def finish(self):
+        """Close the files and complete run.json."""
+        self.rows.close()
+        self.log.close()
+        self.record["questions"] = len(self.done)
+        self.record["calls"][-1] |= {"finished": now(), "seconds": round(time.time() - self.began, 1),
+                                     "questions": self.fresh}
+        write_json(self.info, self.record)
+
+
+def show(value):
+    return "nothing" if value is None else json.dumps(value)
+
+
+def file_hash(file):
+    """sha256 of a file's bytes, as hex. OSError: it cannot be read."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def now():
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def write_json(file, value):
+    replace_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def replace_text(file, text):
+    """Write a file so that a crash leaves the old one or the new one, whole."""
+    new = Path(f"{file}.new")
+    with open(new, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(new, file)
+
+
+def versions():
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found | {"git": git_commit()}
+
+
+def git_commit():
+    """The commit of the checkout this file lies in, "+" if files differ from it; None outside a checkout."""
+    def git(*args):
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = git("rev-parse", "--verify", "HEAD")
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if commit else None
+    except OSError:                                                 # no git on this machine
+        return None
+
+
+def machine():
+    import torch
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the module docstring as --help and one-line errors."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        print(f"error: {message} (--help shows the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def count(text):
+    """argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def cli(main):
+    """Run a script's main(). What a user can cause becomes one line on stderr and exit code 2.
+
+    LLAVA_FLOW_TRACEBACK=1 in the environment shows where an error came from instead.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        import torch
+        user = isinstance(e, (ValueError, OSError, MemoryError, torch.OutOfMemoryError))
+        if not user or os.environ.get("LLAVA_FLOW_TRACEBACK"):
+            raise
+        if isinstance(e, OSError) and e.strerror:
+            text = f"{e.filename or 'a file'}: {e.strerror}"
+        elif isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+            text = f"out of memory ({e}); try --dtype bfloat16, a smaller model, or --device cpu"
+        else:
+            text = str(e)
+        print("error: " + " ".join(text.split()), file=sys.stderr)
+        sys.exit(2)
