@@ -69,9 +69,9 @@ class Config:
         tower: the vision tower's own config as a dict, where the checkpoint's does not describe it (original layout).
         ValueError names a setting that would change the arithmetic.
         """
-        if "text_config" in raw or raw.get("model_type") in ("llava_next",):
+        if "text_config" in raw:
             return cls.from_hf(raw)
-        if "mm_vision_tower" not in raw:
+        if not raw.get("mm_vision_tower"):
             return cls(decoder_file(raw).Config.from_json(raw))
         aspect = raw.get("image_aspect_ratio") or "square"
         check(raw, mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch", mm_use_im_start_end=False,
@@ -706,28 +706,38 @@ def pick(get, kind):
 
 def find(name, kind="model", revision=None):
     """A folder or a hub id -> Files; what the cache lacks is downloaded. ValueError says what is missing."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))                         # Path's own raises where there is no such user
+    if name and folder.is_dir():
+        if revision:
+            raise ValueError(f"--revision {revision}: {name} is a folder, and only the hub keeps revisions")
         found, missing = pick(lambda f: folder / f if (folder / f).is_file() else None, kind)
         if not missing:
             return Files(name, str(folder), **found)
         raise ValueError(f"{name} lacks {', '.join(missing)}")
     repo = MODELS.get(name, name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or name.startswith("."):
-        raise ValueError(f"{name} is neither a folder, a hub id (owner/name), nor one of {', '.join(MODELS)}")
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+        raise ValueError(f"{name or 'an empty name'} is neither a folder, a hub id (owner/name), nor one of "
+                         f"{', '.join(MODELS)}")
+    try:
+        from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError:
+        raise ValueError(f"{name} is not a folder; to fetch it from the hub, pip install huggingface_hub") from None
 
     def cached(file):
         path = try_to_load_from_cache(repo, file, revision=revision)
         return Path(path) if isinstance(path, str) else None
 
+    def lacking(why):
+        pin = f" --revision {revision}" if revision else ""
+        return ValueError(f"{name}: {', '.join(pick(cached, kind)[1])} of {repo} not in the cache "
+                          f"{constants.HF_HUB_CACHE}; run `hf download {repo}{pin}` where there is a network, "
+                          f"or pass a folder that has them ({why})")
+
     found, missing = pick(cached, kind)
     if missing:
-        how = (f"{name}: {', '.join(missing)} of {repo} not in the cache {constants.HF_HUB_CACHE}; "
-               f"run `hf download {repo}` where there is a network, or pass a folder that has them")
         if constants.HF_HUB_OFFLINE:
-            raise ValueError(f"{how} (HF_HUB_OFFLINE is set)")
+            raise lacking("HF_HUB_OFFLINE is set")
         try:                                                        # one request tells what the repository holds
             listed = {f.rfilename for f in HfApi().model_info(repo, revision=revision, timeout=15).siblings}
             index = next((w for w in WEIGHTS if w in listed and kind != "tower config"), None)
@@ -742,17 +752,18 @@ def find(name, kind="model", revision=None):
         except GatedRepoError:
             raise ValueError(f"{repo} is gated: accept its licence on its hub page, then set HF_TOKEN") from None
         except RevisionNotFoundError:
-            raise ValueError(f"{repo} has no revision {revision}") from None
+            raise ValueError(f"{repo} has no revision {revision}; --revision takes a branch, tag or commit that its "
+                             "hub page lists") from None
         except RepositoryNotFoundError:
-            raise ValueError(f"{repo} is not on the hub (or is private: set HF_TOKEN)") from None
+            raise ValueError(f"{repo} is neither a folder nor on the hub (if it is private: set HF_TOKEN)") from None
         except Exception as e:                                      # each hub version has its own network errors
-            raise ValueError(f"{how} (hub: {str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
+            first = (str(e) or type(e).__name__).splitlines()[0]
+            said = " ".join((getattr(e, "server_message", None) or "").split())     # the hub's own words, if it spoke
+            raise lacking(f"hub: {first}{said and ': '}{said}") from e
         found, missing = pick(cached, kind)
         if missing:
             raise ValueError(f"{repo} has no {', '.join(missing)}")
-    parts = found["config"].parts
-    commit = next((part for a, part in zip(parts, parts[1:], strict=False) if a == "snapshots"), None)
-    return Files(name, repo, commit, **found)
+    return Files(name, repo, found["config"].parent.name, **found)  # .../snapshots/COMMIT/config.json
 
 
 def tensor_names(files):
@@ -766,41 +777,54 @@ def tensor_names(files):
             except Exception as e:
                 raise ValueError(f"{file} is damaged ({e}); fetch it again") from e
         else:
-            yield from (name for name, _ in vicuna.read([file]))
+            try:
+                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as e:
+                raise ValueError(f"{file} is damaged ({e}); fetch it again") from e
 
 
 def resolve(name, revision=None, vision_tower=None):
     """--model, --revision and --vision-tower -> Files of the model and, where it needs one, of its vision tower."""
+    def find_tower(tower, kind):
+        try:
+            return find(tower, kind)
+        except ValueError as e:
+            raise ValueError(f"the vision tower of {name}: {e}; --vision-tower takes a folder or hub id") from e
+
+    if vision_tower:
+        find_tower(vision_tower, "tower config")                    # a slip here should not cost the model's download
     files = find(name, "model", revision)
     raw = read_json(files.config)
-    if "mm_vision_tower" in raw and "text_config" not in raw:       # original layout: the tower is elsewhere
+    if raw.get("mm_vision_tower") and "text_config" not in raw:     # original layout: the tower is elsewhere
         inside = any("vision_tower" in tensor for tensor in tensor_names(files.weights))
-        tower = vision_tower or raw["mm_vision_tower"]
-        try:
-            files.tower = find(tower, "tower config" if inside else "tower")
-        except ValueError as e:
-            raise ValueError(f"the vision tower of {name}: {e}; "
-                             "--vision-tower FOLDER or HUB_ID names another place") from e
+        files.tower = find_tower(vision_tower or raw["mm_vision_tower"], "tower config" if inside else "tower")
     return files
 
 
 def sees(files):
     """Is it a model with a vision tower? Read from its config.json."""
-    return not {"text_config", "mm_vision_tower"}.isdisjoint(read_json(files.config))
+    raw = read_json(files.config)
+    return bool("text_config" in raw or raw.get("mm_vision_tower"))
 
 
 def read_json(file):
+    """A JSON file -> dict. ValueError: it holds something else."""
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        raw = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{file} is not JSON ({e})") from e
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return raw
 
 
 def weights_hash(files):
     """sha256 over the sha256 of every weight file. The hub's cache names a file by its sha256: those are not read."""
     total = hashlib.sha256()
     for file in [*files.weights, *(files.tower.weights if files.tower else [])]:
-        name = os.path.basename(os.path.realpath(file))
+        # One hop: the blob it links to is named by the sha256. Where repositories share blobs, that blob is a link too,
+        # to a file that is named by another hash.
+        name = os.path.basename(os.readlink(file)) if os.path.islink(file) else ""
         if not re.fullmatch("[0-9a-f]{64}", name):
             with open(file, "rb") as f:
                 name = hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,33 @@
+"""What every test file shares: the import path, few threads, and the tiny checkpoints of world.py, written once a run."""
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(kind, layout="original", pack="one") -> its folder, written on first use. Read only: tests share it."""
+    import world
+
+    @functools.cache
+    def folder(kind, layout="original", pack="one"):
+        return world.write(tmp_path_factory.mktemp(f"{kind}-{layout}-{pack}"), kind, layout, pack)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint):
+    """model(kind) -> a float32 LLaVA on the CPU, loaded on first use. Tests share it: what they change they put back."""
+    import llava_min
+
+    @functools.cache
+    def loaded(kind):
+        return llava_min.load(str(checkpoint(kind)), dtype="float32", device="cpu")
+    return loaded

@@ -1,0 +1,364 @@
+"""python -m pytest tests/test_decoders.py
+
+The two decoders: the contract that instruments rely on, the arithmetic against closed forms and against transformers'
+eager attention, and the copies that must stay copies.
+"""
+import ast
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import llama3
+import pytest
+import torch
+import vicuna
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"vocab": 50, "width": 64, "layers": 3, "heads": 4, "hidden": 96}
+FILES = {"vicuna": (vicuna, vicuna.Config(**SMALL, kv_heads=4)),
+         "llama3": (llama3, llama3.Config(**SMALL, kv_heads=2))}
+both = pytest.mark.parametrize("file, c", FILES.values(), ids=FILES)
+KERNELS = {"attend": vicuna.attend, "attend_fast": vicuna.attend_fast}
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+
+
+def filled(module, seed=0):
+    """Random weights large enough that attention is not flat."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        scale = 0.2 if "norm" in name else 1.0 if "embed" in name else 1 / math.sqrt(p.shape[-1])
+        p.data = torch.randn(p.shape, generator=g) * scale + ("norm" in name)
+    return module.eval().requires_grad_(False)
+
+
+def noise(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_mask(T, seed=2):
+    """A causal mask with a third of its other edges cut."""
+    keep = vicuna.causal(T) & (noise(T, T, seed=seed) > -0.4) | torch.eye(T, dtype=torch.bool)
+    return vicuna.to_mask(keep)
+
+
+# ---------------------------------------------------------------------------------------------------- the contract
+
+@both
+def test_a_loop_over_the_public_parts_is_the_decoders_own_forward(file, c):
+    model, ids = filled(file.Decoder(c)), torch.arange(9)[None]
+    x = model.embed_tokens(ids)
+    cos, sin = model.rope(torch.arange(9))
+    assert x.shape == (1, 9, c.width) and cos.shape == sin.shape == (9, c.width // c.heads)
+    assert len(model.layers) == c.layers
+    h = x
+    for layer in model.layers:
+        h = layer(h, cos, sin, None)
+    assert torch.equal(h, model(x))
+    assert model.lm_head(model.norm(h)).shape == (1, 9, c.vocab)
+
+
+@both
+@pytest.mark.parametrize("shape", [(9, 9), (1, 9, 9), (1, 1, 9, 9), (1, 4, 9, 9), (1, 9), (1, 1, 1, 9)])
+def test_a_mask_of_any_broadcastable_shape_is_an_argument_of_every_layer(file, c, shape):
+    model, x = filled(file.Decoder(c)), noise(1, 9, c.width)
+    mask = random_mask(9)
+    mask = mask if shape[-2] == 9 else torch.zeros(9).index_fill(0, torch.tensor([2, 5]), -math.inf)
+    (cos, sin), layer = model.rope(torch.arange(9)), model.layers[0]
+    same_mask = mask.expand(1, 4, 9, 9)
+    torch.testing.assert_close(layer(x, cos, sin, mask.expand(shape)), layer(x, cos, sin, same_mask), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(x, mask.expand(shape)), model(x, same_mask), rtol=0, atol=2e-5)
+    assert not torch.allclose(model(x, same_mask), model(x), atol=1e-2)
+
+
+@both
+def test_a_mask_of_one_row_per_head_cuts_only_that_head(file, c):
+    model, x = filled(file.Decoder(c)), noise(1, 9, c.width)
+    keep = vicuna.causal(9).repeat(1, c.heads, 1, 1)
+    keep[0, 2, 8, 1:4] = False
+    (cos, sin), layer = model.rope(torch.arange(9)), model.layers[0]
+    inner = []
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: inner.append(args[0].view(9, c.heads, -1)))
+    layer(x, cos, sin, None)
+    layer(x, cos, sin, vicuna.to_mask(keep))
+    plain, cut = inner
+    moved = (plain - cut).abs().amax(-1) > 1e-5
+    assert moved.nonzero().tolist() == [[8, 2]]
+
+
+@both
+def test_adding_zeros_is_plain_causal_attention(file, c):
+    model, x = filled(file.Decoder(c)), noise(1, 9, c.width)
+    torch.testing.assert_close(model(x, vicuna.to_mask(vicuna.causal(9))), model(x), rtol=0, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_a_cut_edge_carries_nothing(file, c, kernel, monkeypatch):
+    monkeypatch.setattr(file.Attention, "kernel", staticmethod(kernel))
+    model, x = filled(file.Decoder(c)), noise(1, 9, c.width)
+    keep = vicuna.causal(9)
+    keep[3:, 1:3] = False
+    mask, other = vicuna.to_mask(keep), x.clone()
+    other[0, 1:3] += 10 * noise(2, c.width)
+    assert torch.equal(model(x, mask)[0, 3:], model(other, mask)[0, 3:])
+    assert not torch.allclose(model(x)[0, 3:], model(other)[0, 3:])  # without the cut it does
+
+
+@both
+def test_tokens_that_follow_a_cache_give_what_one_pass_gives(file, c):
+    model, x = filled(file.Decoder(c)), noise(1, 12, c.width)
+    whole, caches = model(x), [[] for _ in model.layers]
+    parts = [model(x[:, a:b], caches=caches) for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+    assert [k.shape for k, _ in caches] == [(1, c.kv_heads, 12, c.width // c.heads)] * c.layers
+
+
+@both
+def test_a_cached_step_may_take_a_mask_over_all_keys(file, c):
+    model, x = filled(file.Decoder(c)), noise(1, 8, c.width)
+    mask, caches = random_mask(8), [[] for _ in model.layers]
+    model(x[:, :6], mask[:6, :6], caches)
+    torch.testing.assert_close(model(x[:, 6:], mask[6:], caches), model(x, mask)[:, 6:], rtol=0, atol=1e-5)
+
+
+def test_a_query_that_may_look_at_nothing_is_an_error_that_names_it():
+    keep = vicuna.causal(5)
+    keep[3] = keep[1] = False
+    with pytest.raises(ValueError, match=r"\[1, 3\] may look at nothing"):
+        vicuna.to_mask(keep)
+    with pytest.raises(ValueError, match=r"\[1, 3\]"):
+        vicuna.to_mask(keep.expand(1, 4, 5, 5))
+
+
+# ---------------------------------------------------------------------------------------------------- arithmetic
+
+@pytest.mark.parametrize("mask", [None, "random"])
+@pytest.mark.parametrize("T, S", [(7, 7), (1, 7), (3, 7), (1, 1)])
+def test_the_fused_kernel_is_attention_as_written(T, S, mask):
+    q, k, v = noise(2, 4, T, 16), noise(2, 4, S, 16, seed=3), noise(2, 4, S, 16, seed=4)
+    mask = random_mask(S)[S - T:] if mask else None
+    torch.testing.assert_close(vicuna.attend_fast(q, k, v, mask), vicuna.attend(q, k, v, mask), rtol=0, atol=2e-6)
+
+
+@every_dtype
+def test_the_fused_kernel_is_as_exact_as_attention_as_written(dtype):
+    q, k, v = (noise(1, 4, 7, 16, seed=s, dtype=dtype) for s in (1, 2, 3))
+    mask = random_mask(7)
+    true = vicuna.attend(q.double(), k.double(), v.double(), mask)
+    for kernel in (vicuna.attend, vicuna.attend_fast):
+        assert (kernel(q, k, v, mask) - true).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+def test_attention_is_equation_3_written_with_loops():
+    q, k, v, mask = noise(1, 2, 5, 8), noise(1, 2, 5, 8, seed=3), noise(1, 2, 5, 8, seed=4), random_mask(5)
+    out = vicuna.attend(q, k, v, mask)
+    for h in range(2):
+        for t in range(5):
+            e = [math.exp(sum(a * b for a, b in zip(q[0, h, t].tolist(), k[0, h, s].tolist(), strict=True))
+                          / math.sqrt(8)) if mask[t, s] == 0 else 0.0 for s in range(5)]
+            by_hand = sum(w / sum(e) * v[0, h, s] for s, w in enumerate(e))
+            torch.testing.assert_close(out[0, h, t], by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_a_queries_own_place_in_a_longer_sequence_is_its_end():
+    assert vicuna.causal(3).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert vicuna.causal(2, 4).tolist() == [[True, True, True, False], [True] * 4]
+    assert vicuna.causal(1, 3).tolist() == [[True] * 3]
+
+
+def test_rms_norm_is_its_closed_form():
+    norm, x = filled(vicuna.RMSNorm(8, eps=0.5)), noise(3, 8)
+    by_hand = [[w * a / math.sqrt(sum(b * b for b in row) / 8 + 0.5)
+                for w, a in zip(norm.weight.tolist(), row, strict=True)] for row in x.tolist()]
+    torch.testing.assert_close(norm(x), torch.tensor(by_hand))
+
+
+def test_rms_norm_takes_its_statistics_in_float32():
+    norm = vicuna.RMSNorm(8, eps=1e-5).half()
+    x = torch.full((1, 8), 300.0).half()                            # its square is beyond float16
+    assert torch.equal(norm(x), torch.ones(1, 8).half())
+
+
+def test_rotation_turns_each_pair_by_position_times_its_frequency():
+    x, positions, base = noise(1, 1, 3, 8), torch.tensor([0, 1, 700]), 10000.0
+    out = vicuna.rotate(x, *vicuna.rope_table(positions, 8, base, torch.float32))
+    for t, m in enumerate(positions.tolist()):
+        for i in range(4):                                          # pair (i, i + D/2) as a complex number
+            turned = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(
+                math.cos(m * base ** (-2 * i / 8)), math.sin(m * base ** (-2 * i / 8)))
+            assert out[0, 0, t, i].item() == pytest.approx(turned.real, abs=2e-4)
+            assert out[0, 0, t, i + 4].item() == pytest.approx(turned.imag, abs=2e-4)
+
+
+def test_a_rotated_product_depends_only_on_how_far_apart_two_positions_are():
+    q, k = noise(1, 1, 1, 16), noise(1, 1, 1, 16, seed=5)
+
+    def score(m, n):
+        return (vicuna.rotate(q, *vicuna.rope_table(torch.tensor([m]), 16, 500000.0, torch.float32))
+                @ vicuna.rotate(k, *vicuna.rope_table(torch.tensor([n]), 16, 500000.0, torch.float32)).mT).item()
+    assert score(5, 2) == pytest.approx(score(1003, 1000), abs=1e-3)
+    assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-2)
+
+
+@every_dtype
+def test_angles_are_exact_at_far_positions_in_any_dtype(dtype):
+    cos, sin = vicuna.rope_table(torch.tensor([4000, 4001]), 16, 10000.0, dtype)
+    assert cos.dtype == dtype
+    for row, m in enumerate((4000, 4001)):
+        angles = [m * 10000.0 ** (-2 * i / 16) for i in range(8)] * 2
+        torch.testing.assert_close(cos[row].double(), torch.tensor(angles, dtype=torch.double).cos(), rtol=0, atol=4e-3)
+        torch.testing.assert_close(sin[row].double(), torch.tensor(angles, dtype=torch.double).sin(), rtol=0, atol=4e-3)
+
+
+def test_grouped_keys_are_a_dense_model_with_each_key_head_repeated():
+    c = FILES["llama3"][1]
+    grouped, x = filled(llama3.Decoder(c)), noise(1, 9, c.width)
+    dense = vicuna.Decoder(vicuna.Config(**SMALL, kv_heads=4, rope_base=c.rope_base, norm_eps=c.norm_eps))
+    state = grouped.state_dict()
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:                    # key head j serves query heads 2j and 2j + 1
+            state[name] = torch.cat([head for head in tensor.chunk(2) for _ in range(2)])
+    dense.load_state_dict(state)
+    torch.testing.assert_close(dense(x), grouped(x), rtol=0, atol=1e-5)
+
+
+def test_llama3_with_as_many_key_heads_as_heads_is_vicuna():
+    c, x = replace(FILES["llama3"][1], kv_heads=4, rope_base=10000.0), noise(1, 9, 64)
+    assert torch.equal(filled(llama3.Decoder(c))(x), filled(vicuna.Decoder(FILES["vicuna"][1]))(x))
+
+
+# ---------------------------------------------------------------------------------------------------- config.json
+
+REAL = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+        "num_key_value_heads": 40, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "vocab_size": 32000,
+        "max_position_embeddings": 4096, "hidden_act": "silu", "rope_scaling": None, "model_type": "llama"}
+
+
+def test_a_published_config_is_read_whole():
+    assert vicuna.Config.from_json(REAL) == vicuna.Config(
+        vocab=32000, width=5120, layers=40, heads=40, kv_heads=40, hidden=13824, rope_base=10000.0, norm_eps=1e-5,
+        positions=4096)
+
+
+@both
+def test_keys_that_transformers_omits_have_llama_configs_defaults(file, c):
+    config = file.Config.from_json({})
+    assert config == file.Config(vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, hidden=11008,
+                                 rope_base=10000.0, norm_eps=1e-6, positions=2048)
+
+
+@both
+def test_rope_theta_is_read_where_transformers_5_writes_it(file, c):
+    raw = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+    assert file.Config.from_json(raw).rope_base == 500000.0
+    assert file.Config.from_json({"rope_theta": 500000.0}).rope_base == 500000.0
+
+
+@both
+@pytest.mark.parametrize("odd", [
+    {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"quantization_config": {"bits": 4}}, {"sliding_window": 4096},
+    {"head_dim": 64}, {"model_type": "mistral"}, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0}}],
+    ids=lambda odd: next(iter(odd)))
+def test_a_setting_that_would_change_the_arithmetic_is_refused_by_name(file, c, odd):
+    with pytest.raises(ValueError, match=next(iter(odd))):
+        file.Config.from_json({**REAL, **odd})
+
+
+def test_each_decoder_refuses_key_heads_it_cannot_serve():
+    with pytest.raises(ValueError, match="num_key_value_heads"):
+        vicuna.Config.from_json({**REAL, "num_key_value_heads": 8})
+    with pytest.raises(ValueError, match="num_key_value_heads"):
+        llama3.Config.from_json({**REAL, "num_key_value_heads": 7})
+    assert llama3.Config.from_json({**REAL, "num_key_value_heads": 8}).kv_heads == 8
+
+
+# ---------------------------------------------------------------------------------------------------- transformers
+
+def twin(file, c, dtype):
+    """transformers' LlamaForCausalLM with the same weights as `filled`, eager attention, its angles in float32."""
+    hf = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    config = hf.LlamaConfig(
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base,
+        max_position_embeddings=c.positions, attn_implementation="eager")
+    theirs, ours = hf.LlamaForCausalLM(config).eval().requires_grad_(False), filled(file.Decoder(c))
+    theirs.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": tensor
+                            for name, tensor in ours.state_dict().items()})
+    angles = theirs.model.rotary_emb.inv_freq.clone()
+    theirs.to(dtype).model.rotary_emb.inv_freq = angles             # .to() rounds this buffer
+    return theirs, ours.to(dtype)
+
+
+@both
+@every_dtype
+def test_every_hidden_state_is_transformers_own_bit_for_bit_with_attention_as_written(file, c, dtype, monkeypatch):
+    monkeypatch.setattr(file.Attention, "kernel", staticmethod(file.attend))
+    theirs, model = twin(file, c, dtype)                            # D = 16, so that 1 / sqrt(D) is exact
+    ids = torch.randint(c.vocab, (1, 30), generator=torch.Generator().manual_seed(6))
+    reference = theirs(ids, output_hidden_states=True)
+    x, (cos, sin) = model.embed_tokens(ids), model.rope(torch.arange(30))
+    for i, layer in enumerate(model.layers):
+        assert torch.equal(x, reference.hidden_states[i]), f"before layer {i}"
+        x = layer(x, cos, sin, None)
+    assert torch.equal(model.norm(x), reference.hidden_states[-1])
+    assert torch.equal(model.lm_head(model.norm(x)), reference.logits)
+
+
+@both
+@every_dtype
+def test_the_fused_kernel_gives_transformers_logits_within_rounding(file, c, dtype):
+    theirs, model = twin(file, c, dtype)
+    ids = torch.randint(c.vocab, (1, 30), generator=torch.Generator().manual_seed(6))
+    ours, reference = model.lm_head(model.norm(model(model.embed_tokens(ids)))), theirs(ids).logits
+    bound = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    assert (ours - reference).abs().max() <= bound * reference.abs().max()
+
+
+@both
+@every_dtype
+def test_one_norm_one_rotation_one_mlp_and_one_layer_alone_are_transformers_own(file, c, dtype, monkeypatch):
+    monkeypatch.setattr(file.Attention, "kernel", staticmethod(file.attend))
+    theirs, model = twin(file, c, dtype)
+    x, positions = noise(1, 7, c.width, dtype=dtype), torch.arange(300, 307)
+    mine, other = model.layers[1], theirs.model.layers[1]
+    assert torch.equal(model.norm(x), theirs.model.norm(x))
+    cos, sin = model.rope(positions)
+    their_cos, their_sin = theirs.model.rotary_emb(x, positions[None])
+    assert torch.equal(cos, their_cos[0]) and torch.equal(sin, their_sin[0])
+    assert torch.equal(mine.mlp(x), other.mlp(x))
+    mask = random_mask(7)
+    assert torch.equal(mine(x, cos, sin, mask), other(x, attention_mask=mask.to(dtype)[None, None],
+                                                      position_embeddings=(their_cos, their_sin)))
+
+
+# ---------------------------------------------------------------------------------------------------- copies
+
+def definitions(file):
+    return {node.name: ast.dump(node) for node in ast.parse((ROOT / file).read_text()).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "rope_table", "rotate", "causal", "to_mask", "attend", "attend_fast",
+                                  "MLP", "Block", "Decoder", "load", "main"])
+def test_what_both_decoders_define_is_one_text(name):
+    assert definitions("vicuna.py")[name] == definitions("llama3.py")[name]
+
+
+@pytest.mark.parametrize("name", ["read", "load_into"])
+def test_what_all_three_leaves_define_is_one_text(name):
+    assert definitions("vicuna.py")[name] == definitions("llama3.py")[name] == definitions("clip_vit.py")[name]
+
+
+COPY_SETS = {"vicuna.py": [], "llama3.py": [], "clip_vit.py": [],
+             "llava_min.py": ["clip_vit.py", "vicuna.py", "llama3.py"]}
+
+
+@pytest.mark.parametrize("file", COPY_SETS)
+def test_works_when_copied_alone(file, tmp_path):
+    for f in [file, *COPY_SETS[file]]:
+        shutil.copy(ROOT / f, tmp_path)
+    subprocess.run([sys.executable, "-c", f"import {file[:-3]}"], cwd=tmp_path, check=True, env={"PATH": ""})
