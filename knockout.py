@@ -254,7 +254,7 @@ def show_groups(model, q, args):
     """--groups: the token groups of one question, as a table and as a picture."""
     import plots
     p = q.prompt(model, paper_spans=args.paper_spans)
-    print(p.table(["->".join(e) for e in args.edges]))
+    print(p.table([group for group in dict.fromkeys(g for edge in args.edges for g in edge) if group not in p.groups]))
     if p.size:
         from pathlib import Path
 
@@ -298,7 +298,7 @@ def report(run, bad):
     for message in bad:
         print(f"left out: {message}")
     for (edge, why), n in sorted(skipped.items()):
-        print(f"{edge}: no row for {n} questions ({why})")
+        print(f"{edge}: no row for {n} question{'s' * (n > 1)} ({why})")
     if not any(n.get("rows") for n in notes):
         raise ValueError("no row was measured: no question was answered right (--all counts the others, too), or none "
                          "has the groups")

@@ -39,8 +39,12 @@ class Run:
         self.columns, self.settings = list(columns), json.loads(json.dumps(settings))
         self.done, self.fresh, self.began = {}, 0, time.time()      # done: key -> note of a finished question
         self.out.mkdir(parents=True, exist_ok=True)
-        calls = self.check_settings()
+        calls, clash = self.old_run()
         end = self.read_journal()
+        if clash and self.done:
+            raise ValueError(clash)
+        if not self.done:                                           # nothing to lose: start afresh
+            calls, end = [], 0
         self.rows = open(self.csv, "r+b" if self.csv.exists() else "w+b")          # noqa: SIM115, closed by finish
         self.rows.truncate(end)
         self.rows.seek(end)
@@ -52,22 +56,21 @@ class Run:
             self.append([self.columns])
             self.note({"end": self.rows.tell()})
 
-    def check_settings(self):
-        """Compare with the run.json that is there, if any; returns its list of calls."""
+    def old_run(self):
+        """The run.json that is there, if any -> (its list of calls, how its settings differ or None)."""
         if not self.info.exists():
             if self.csv.exists():
                 raise ValueError(f"{self.csv} is there without a run.json: not a run that can go on; use another --out")
-            return []
+            return [], None
         try:
             old = json.loads(self.info.read_text(encoding="utf-8"))
             theirs, calls = old["settings"], old["calls"]
         except (ValueError, KeyError) as e:
             raise ValueError(f"{self.info} is not a run's record ({type(e).__name__}: {e}); use another --out") from e
-        for key in {**theirs, **self.settings}:
-            if theirs.get(key) != self.settings.get(key):
-                raise ValueError(f"{self.out} holds a run with {key} = {show(theirs.get(key))}, this one has "
-                                 f"{show(self.settings.get(key))}; use another --out, or delete that one")
-        return calls
+        clash = next((f"{self.out} holds a run with {key} = {show(theirs.get(key))}, this one has "
+                      f"{show(self.settings.get(key))}; use another --out, or delete that one"
+                      for key in {**theirs, **self.settings} if theirs.get(key) != self.settings.get(key)), None)
+        return calls, clash
 
     def read_journal(self):
         """Fill `done`; returns where the last finished question's rows end in the CSV (0: nothing there yet)."""
@@ -112,9 +115,12 @@ class Run:
     def append(self, rows):
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)       # floats come out as repr, in full precision
-        self.rows.write(text.getvalue().encode())
-        self.rows.flush()
-        os.fsync(self.rows.fileno())
+        try:
+            self.rows.write(text.getvalue().encode())
+            self.rows.flush()
+            os.fsync(self.rows.fileno())
+        except OSError as e:                                        # a full disk: say which file
+            raise OSError(e.errno, e.strerror, str(self.csv)) from e
 
     def note(self, line):
         self.log.write(json.dumps(line) + "\n")                     # after the rows: without it they do not count

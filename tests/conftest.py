@@ -1,4 +1,4 @@
-"""What every test file shares: the import path, few threads, and the tiny checkpoints of world.py, written once a run."""
+"""What every test file shares: the import path, few threads, and world.py's tiny checkpoints, written once a run."""
 import functools
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """checkpoint(kind, layout="original", pack="one") -> its folder, written on first use. Read only: tests share it."""
+    """checkpoint(kind, layout="original", pack="one") -> its folder, written on first use. Shared: read only."""
     import world
 
     @functools.cache
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(checkpoint):
-    """model(kind) -> a float32 LLaVA on the CPU, loaded on first use. Tests share it: what they change they put back."""
+    """model(kind) -> a float32 LLaVA on the CPU, loaded on first use. Shared: a test puts back what it changes."""
     import llava_min
 
     @functools.cache

@@ -6,13 +6,14 @@ they would publish, and against the settings it must refuse.
 import json
 import math
 
-import clip_vit
 import numpy as np
 import pytest
 import torch
 import world
 from PIL import Image
 from safetensors.torch import save_file
+
+import clip_vit
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56,
         "patch_size": 14}

@@ -11,9 +11,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import llama3
 import pytest
 import torch
+
+import llama3
 import vicuna
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,26 +8,28 @@ import json
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+import world
+from safetensors.torch import load_file, save_file
+
 import clip_vit
 import llama3
 import llava_min
-import pytest
-import torch
 import vicuna
-import world
-from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_IMAGE = [kind for kind, k in world.KINDS.items() if k.image]
 
 
 def ours(name):
-    """A name of the original layout -> our model's parameter name, written down on its own."""
+    """A name of the original layout -> our model's parameter name."""
     name = name.replace("model.vision_tower.vision_tower.vision_model.", "vision_tower.")
     name = re.sub(r"^model\.(mm_projector\.|image_newline)", r"\1", name)
     return re.sub(r"^(model\.|(?=lm_head))(?!mm_|image)", "decoder.", name)
@@ -47,7 +49,7 @@ def load(folder, **how):
     return llava_min.load(str(folder), **{"dtype": "float32", "device": "cpu", **how})
 
 
-# ---------------------------------------------------------------------------------------------------- what must be equal
+# ------------------------------------------------------------------------------------------------- what must be equal
 
 @pytest.mark.parametrize("pack", ["one", "sharded", "bin", "bin-sharded"])
 @pytest.mark.parametrize("kind, layout", [(kind, layout) for kind in world.KINDS for layout in world.LAYOUTS
@@ -56,8 +58,8 @@ def test_every_layout_and_file_format_gives_the_same_parameters_and_config(kind,
     loaded = load(world.write(tmp_path, kind, layout, pack))
     assert_holds(loaded, kind)
     reference = model(kind).config
-    assert loaded.config == (reference if reference.aspect == "anyres" or layout == "original"
-                             else replace(reference, pinpoints=loaded.config.pinpoints))  # 1.5 uses none
+    unused = {} if reference.aspect == "anyres" else {"pinpoints": loaded.config.pinpoints}
+    assert loaded.config == replace(reference, **unused)
     assert loaded.decoder.lm_head.weight.shape[0] == world.vocab_size(kind)
     question = "Is the cup on the table red or blue?"
     image = world.picture(90, 60) if loaded.config.vision else None
@@ -105,8 +107,7 @@ def test_the_tower_of_1_5_stays_in_float32_and_the_others_follow_the_decoder(che
             torch.float32 if kind == "llava-1.5" else torch.bfloat16}
 
 
-@pytest.mark.parametrize("pack", ["one", "bin"])
-@pytest.mark.parametrize("spelling", ["hf", "open_clip"])
+@pytest.mark.parametrize("spelling, pack", [("hf", "one"), ("hf", "bin"), ("open_clip", "one")])
 def test_1_5_takes_its_tower_from_any_clip_folder_that_it_is_given(spelling, pack, checkpoint, tmp_path):
     world.write_clip(tmp_path / "tower", "llava-1.5", spelling, pack)
     assert_holds(load(checkpoint("llava-1.5"), vision_tower=str(tmp_path / "tower")), "llava-1.5")
@@ -147,9 +148,9 @@ def test_transformers_finds_every_weight_in_these_layouts_too(kind, layout, chec
     assert torch.equal(theirs.lm_head.weight[:V], world.weights(kind)["lm_head.weight"])
 
 
-# ---------------------------------------------------------------------------------------------------- what must be refused
+# ------------------------------------------------------------------------------------------------- what must be refused
 
-def edited(checkpoint, tmp_path, kind, layout, change):
+def edited(tmp_path, kind, layout, change):
     """A copy of a checkpoint whose tensors went through `change`."""
     folder = world.write(tmp_path, kind, layout)
     tensors = load_file(folder / "model.safetensors")
@@ -159,11 +160,12 @@ def edited(checkpoint, tmp_path, kind, layout, change):
 
 
 @pytest.mark.parametrize("layout, name", [
-    ("original", "model.layers.2.mlp.up_proj.weight"), ("original", "model.image_newline"), ("original", "lm_head.weight"),
+    ("original", "model.layers.2.mlp.up_proj.weight"), ("original", "model.image_newline"),
+    ("original", "lm_head.weight"),
     ("hf", "multi_modal_projector.linear_2.bias"), ("hf5", "vision_tower.encoder.layers.0.self_attn.k_proj.bias"),
     ("memory", "model.language_model.norm.weight")])
-def test_a_missing_tensor_is_named(layout, name, checkpoint, tmp_path):
-    folder = edited(checkpoint, tmp_path, "llava-1.6", layout, lambda tensors: tensors.pop(name))
+def test_a_missing_tensor_is_named(layout, name, tmp_path):
+    folder = edited(tmp_path, "llava-1.6", layout, lambda tensors: tensors.pop(name))
     missing = {"model.layers.2.mlp.up_proj.weight": "decoder.layers.2.mlp.up_proj.weight",
                "model.image_newline": "image_newline", "lm_head.weight": "decoder.lm_head.weight",
                "multi_modal_projector.linear_2.bias": "mm_projector.2.bias",
@@ -176,16 +178,16 @@ def test_a_missing_tensor_is_named(layout, name, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.layers.4.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias",
                                   "model.mm_projector.4.weight", "adapter.weight"])
-def test_an_extra_tensor_is_named(name, checkpoint, tmp_path):
-    folder = edited(checkpoint, tmp_path, "llava-1.6", "original", lambda tensors: tensors.update({name: torch.ones(3)}))
+def test_an_extra_tensor_is_named(name, tmp_path):
+    folder = edited(tmp_path, "llava-1.6", "original", lambda tensors: tensors.update({name: torch.ones(3)}))
     with pytest.raises(ValueError, match=re.escape(f"0 parameters missing [], 1 tensors extra ['{name}']")):
         load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.mm_projector.0.weight",
                                   "model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"])
-def test_a_misshapen_tensor_is_named_with_both_shapes(name, checkpoint, tmp_path):
-    folder = edited(checkpoint, tmp_path, "llava-1.6", "original",
+def test_a_misshapen_tensor_is_named_with_both_shapes(name, tmp_path):
+    folder = edited(tmp_path, "llava-1.6", "original",
                     lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
     rows, cols = world.weights("llava-1.6")[name].shape
     sentence = f"{name}: the checkpoint has ({rows - 1}, {cols}), the config wants ({rows}, {cols})"
@@ -193,15 +195,15 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(name, checkpoint, tmp_path
         load(folder)
 
 
-def test_a_vocabulary_shorter_than_the_config_says_is_refused(checkpoint, tmp_path):
-    folder = edited(checkpoint, tmp_path, "llava-1.6", "hf", lambda tensors: tensors.update(
+def test_a_vocabulary_shorter_than_the_config_says_is_refused(tmp_path):
+    folder = edited(tmp_path, "llava-1.6", "hf", lambda tensors: tensors.update(
         {"language_model.lm_head.weight": tensors["language_model.lm_head.weight"][:100].clone()}))
     with pytest.raises(ValueError, match=r"lm_head.weight: the checkpoint has \(100, 48\)"):
         load(folder)
 
 
-def test_the_same_tensor_under_two_names_is_refused(checkpoint, tmp_path):
-    folder = edited(checkpoint, tmp_path, "llava-1.6", "original", lambda tensors: tensors.update(
+def test_the_same_tensor_under_two_names_is_refused(tmp_path):
+    folder = edited(tmp_path, "llava-1.6", "original", lambda tensors: tensors.update(
         {"language_model.model.norm.weight": tensors["model.norm.weight"].clone()}))
     with pytest.raises(ValueError, match="1 tensors extra"):
         load(folder)
@@ -277,14 +279,30 @@ def test_a_bin_file_that_would_run_code_is_refused_before_it_does(kind, form, tm
         file.write_bytes(pickle.dumps(tensors))
     else:
         torch.save(tensors, file, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(ValueError, match="pytorch_model.bin is damaged or not a checkpoint file"):
+    with pytest.raises(ValueError, match="pytorch_model.bin is damaged"):
         load(folder)
-    with pytest.raises(ValueError, match="pytorch_model.bin is damaged or not a checkpoint file"):
-        dict(vicuna.read([file]))
+    for leaf in (vicuna, llama3, clip_vit):
+        with pytest.raises(ValueError, match="pytorch_model.bin is damaged or not a checkpoint file"):
+            dict(leaf.read([file]))
     assert not sprung.exists()
     if form == "zip":
         torch.load(file, weights_only=False)
         assert sprung.exists()                                      # the trap is a real one
+
+
+@pytest.mark.parametrize("pack", ["one", "bin"])
+def test_on_the_command_line_a_damaged_file_is_one_line_and_exit_code_2(pack, tmp_path, capsys, monkeypatch):
+    folder = world.write(tmp_path, "vicuna", pack=pack)
+    if pack == "bin":
+        torch.save({"model.norm.weight": Trap(tmp_path / "sprung")}, folder / "pytorch_model.bin")
+    else:
+        (folder / "model.safetensors").write_bytes(b"not a checkpoint")
+    monkeypatch.setattr(sys, "argv", ["llava_min.py", "--model", str(folder), "--device", "cpu", "--question", "why?"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "llava_min.py"), run_name="__main__")
+    out = capsys.readouterr()
+    assert stop.value.code == 2 and out.out == ""
+    assert re.fullmatch(r"error: .*model\.(bin|safetensors) is damaged.*\n", out.err), out.err
 
 
 def test_a_shard_that_the_index_names_but_the_folder_lacks_is_named(tmp_path):
@@ -315,7 +333,7 @@ def test_1_5_without_a_tower_anywhere_says_how_to_name_one(tmp_path):
     with pytest.raises(ValueError, match=r"vision tower of .*nowhere.*--vision-tower"):
         load(folder)
     world.write_clip(tmp_path / "nowhere", "llava-1.5", pack=None)
-    with pytest.raises(ValueError, match=r"nowhere has no weights; --vision-tower"):
+    with pytest.raises(ValueError, match=r"nowhere lacks model\.safetensors.*--vision-tower"):
         load(folder)
 
 
@@ -390,7 +408,7 @@ def test_loading_needs_the_memory_of_the_model_and_one_tensor(file, load, pack, 
     done = subprocess.run([sys.executable, "-c", MEASURE.format(file=file, load=load), str(ROOT), str(small), str(big)],
                           capture_output=True, text=True, check=True)
     growth, model, tensor = map(int, done.stdout.split())
-    slack = 40e6
+    slack = 80e6
     assert model == total > 200e6
     assert growth > 0.9 * model                                     # else nothing was measured
     assert growth < model + tensor + slack < model + total / 2, f"{growth / 1e6:.0f} MB for {model / 1e6:.0f} MB"

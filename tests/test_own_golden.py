@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import vicuna
 import world
 
-GOLDEN = {f.stem: json.loads(f.read_text()) for f in sorted((Path(__file__).parent / "golden").glob("*.json"))}
+import vicuna
+
+GOLDEN = {kind: json.loads((Path(__file__).parent / "golden" / f"{kind}.json").read_text()) for kind in world.KINDS}
 CASES = [pytest.param(kind, case, id=f"{kind}-{i}") for kind in world.KINDS
          for i, case in enumerate(GOLDEN[kind]["cases"])]
 every_case = pytest.mark.parametrize("kind, case", CASES)
@@ -28,7 +29,6 @@ def close(ours, theirs, rel=0.0, abs=0.0):
 
 
 def test_every_kind_has_golden_cases_of_every_shape_of_picture():
-    assert set(GOLDEN) == set(world.KINDS)
     for kind, k in world.KINDS.items():
         sizes = [tuple(case["picture"] or ()) for case in GOLDEN[kind]["cases"]]
         assert sizes == world.PICTURES if k.image else sizes == [()] * 3

@@ -5,7 +5,7 @@ Run     a test imports it:  folder = world.write(tmp_path, "llava-1.5", "hf", "s
 
 Every weight is a small whole number times a power of two, so float16, bfloat16 and float32 hold the same values, and
 RandomState.randint draws the same numbers everywhere. Norm weights are not 1 and biases not 0. The sizes are chosen so
-that the next token is not a coin toss and a cut edge moves its probability. Nothing here imports the loaders under test.
+that the next token is no coin toss and a cut edge moves its probability. Nothing here imports the loaders under test.
 """
 import base64
 import functools
@@ -169,7 +169,7 @@ def in_layout(kind, layout):
 def save(folder, tensors, pack, stem="model"):
     """Write tensors as "one" safetensors file, "sharded" in three with an index, "bin" or "bin-sharded"."""
     bin = pack.startswith("bin")
-    stem, end = ("pytorch_model", "bin") if bin and stem == "model" else (stem, "bin" if bin else "safetensors")
+    stem, end = (stem.replace("model", "pytorch_model"), "bin") if bin else (stem, "safetensors")
     names = list(tensors)
     if pack.endswith("sharded"):
         step = -(-len(names) // 3)
@@ -242,7 +242,7 @@ def original_config(kind, tower):
 
 
 def hf_config(kind, layout):
-    """config.json as transformers writes it: 4.36 to 4.45 leave out what is default, 4.57 and 5 spell everything out."""
+    """config.json as transformers writes it: 4.36 to 4.45 leave out what is default, 4.57 and 5 spell all of it out."""
     k = KINDS[kind]
     text = {"max_position_embeddings": k.positions, "model_type": "llama", "rms_norm_eps": k.eps,
             "vocab_size": padded_vocab_size(kind), "hidden_size": k.width, "intermediate_size": k.hidden,
@@ -419,7 +419,7 @@ def splits(piece, vocab):
 
 
 def write_llama2_tokenizer(folder, form, added=(), **extra):
-    """form "json": tokenizer.json as the hub has it; "model": sentencepiece's tokenizer.model. extra: keys to change."""
+    """form "json": tokenizer.json as the hub has it; "model": sentencepiece's tokenizer.model. extra: other keys."""
     pieces = llama2_pieces()
     if form == "model":
         (Path(folder) / "tokenizer.model").write_bytes(sentencepiece_model(pieces))

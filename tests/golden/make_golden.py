@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,11 @@ CASES = {"vicuna": [(None, "Is the cup on the table red or blue?", None),
                        ((64, 64), "Who is wearing the hat, the man or the woman?", None),
                        ((100, 37), "How many photos (of 48) aren't square?", None)]}
 CASES["llava-1.6"] = CASES["llama3-next"] = CASES["llava-1.5"]
+TEXTS = ["", " ", "a", "left", " left", "Is the curtain to the left or right?", "two  spaces   three    four", " " * 9,
+         "\n", "\n\n \n", " \nAnswer", "tab\tand\r\nreturn\n", "trailing   ", "it's, don't, WE'LL 've",
+         "2024-10-31, 3.14159", "aaaaaaa zzzz ....... !!!", "naïve café", "e\u0301 is not é", "left 左 right 右",
+         "привет", "🙂👩\u200d👩\u200d👧", "▁ and ▁▁", "non\u00a0breaking\u3000space", "<image> is words here",
+         "A chat between a curious user and an assistant."]
 
 
 # ---------------------------------------------------------------------------------------------------- pixels
@@ -91,22 +97,21 @@ def llama2_encoder():
     sp = sentencepiece.SentencePieceProcessor(model_proto=world.sentencepiece_model(world.llama2_pieces()))
 
     def encode(text):
-        assert text.isascii()                                       # so that a byte piece is a letter of its own
         spans, at = [], -1                                          # the space put in front is not in the text
-        for piece in sp.encode(text, out_type=str):
+        for piece in sp.encode(text, out_type=str):                 # a byte piece is a letter, as long as all are ASCII
             spans.append((at, at := at + (1 if piece.startswith("<0x") else len(piece))))
         return [sp.bos_id(), *sp.encode(text)], [None, *spans]
     return encode
 
 
 def llama3_encoder():
-    """-> the same for Llama-3: cut out special tokens, cut up the rest, merge the lowest rank first (tiktoken's way)."""
+    """-> the same for Llama-3, tiktoken's way: cut out special tokens, cut up the rest, merge the lowest rank first."""
     ranks = {token: i for i, token in enumerate(world.llama3_ranks())}
     special = {text: len(ranks) + i for i, text in world.SPECIAL_LLAMA3.items()}
 
     def merge(word):
         parts = [word[i:i + 1] for i in range(len(word))]
-        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
+        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]:
             _, i = min(pairs)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return parts
@@ -122,7 +127,7 @@ def llama3_encoder():
                 start = at + m.start()
                 for piece in merge(m[0].encode()):
                     ids.append(ranks[piece])
-                    spans.append((start, start + len(piece)))       # every text here is ASCII: a byte is a letter
+                    spans.append((start, start + len(piece)))       # true of ASCII
                     start += len(piece)
             at += len(part)
         return ids, spans
@@ -134,6 +139,7 @@ def build(kind, question, captions, picture):
     k = world.KINDS[kind]
     encode = llama3_encoder() if k.llama3 else llama2_encoder()
     head, tail = (LLAMA3 if k.llama3 else VICUNA).split("{}")
+    assert (head + question + (captions or "") + tail).isascii()    # for the positions below
     context = "<image>\n" if picture else f"{captions}\n" if captions else ""
     first = len(head + context)
     ids, inside, at = [], [], 0
@@ -210,9 +216,10 @@ def case(kind, model, picture, question, captions):
     top = logits.topk(20)
     where = sorted({0, 1, *((first, first + n - 1) if n else ()), inside.index(True), T - 1})
     out |= {"question_positions": [i for i in range(T) if inside[i]],
-            "top20": [[i, v] for i, v in zip(top.indices.tolist(), short(top.values))],
+            "top20": [[i, v] for i, v in zip(top.indices.tolist(), short(top.values), strict=True)],
             "logsumexp": short(logits.logsumexp(0)),
-            "norm_positions": where, "norms": short(torch.stack([h[0, where].norm(dim=-1) for h in full.hidden_states]))}
+            "norm_positions": where,
+            "norms": short(torch.stack([h[0, where].norm(dim=-1) for h in full.hidden_states]))}
 
     greedy, now, gap = [], logits, math.inf
     for _ in range(4):
@@ -253,6 +260,11 @@ def open_model(kind, folder):
 
 def main():
     torch.set_num_threads(2)
+    tables = {name: [[text, encode(text)[0]] for text in TEXTS]
+              for name, encode in (("llama2", llama2_encoder()), ("llama3", llama3_encoder()))}
+    (HERE / "tokens.json").write_text(
+        "{" + ",\n".join(f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in tables.items())
+        + "}\n")
     versions = {name: importlib.metadata.version(name) for name in
                 ("torch", "transformers", "sentencepiece", "regex", "pillow", "numpy")}
     for kind, cases in CASES.items():

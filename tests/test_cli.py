@@ -1,0 +1,397 @@
+"""python -m pytest tests/test_cli.py
+
+The command lines: what they write, how a run goes on, and one line and exit code 2 for every kind of bad input. Most
+calls run main() in this process, through the same wrapper as the shell's; a few start a process.
+"""
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import world
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import eval_gqa
+import knockout
+import llava_min
+import plots
+import vicuna
+from runs import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = ("question_id,img_id,question,answer,true option,false option,central object name,image_w,image_h,"
+          "central object x,central object y,central object w,central object h")
+ROWS = ["01,a,Is the cup red or blue?,red,red,blue,cup,90,60,20,10,40,30",
+        "02,b,Is the cup full or empty?,full,full,empty,cup,60,90,5,5,30,60",
+        "03,a,Is the lamp on or off?,on,on,off,lamp,90,60,0,0,80,50"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(main, *argv) -> (exit code, stdout, stderr)."""
+    monkeypatch.delenv("LLAVA_FLOW_TRACEBACK", raising=False)
+
+    def run(main, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            cli(main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A question file in the paper's columns, with its pictures -> its flags."""
+    world.picture(90, 60).save(tmp_path / "a.jpg")
+    world.picture(60, 90).save(tmp_path / "b.jpg")
+    (tmp_path / "x_ChooseAttr.csv").write_text("\n".join([HEADER, *ROWS]) + "\n")
+    return "--data", tmp_path / "x_ChooseAttr.csv", "--images", tmp_path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    world.picture(90, 60).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def read(file):
+    with open(file, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+def refused(result, *words):
+    """Exit code 2, nothing on stdout, one "error:" line that has the words (the model's own line and the bar aside)."""
+    code, out, err = result
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line and "question/s" not in line
+             and not line.startswith("model ")]
+    assert (code, out) == (2, ""), (code, out, err)
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in err, err
+    assert len(lines[0]) < 700
+    for word in words:
+        assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+# ---------------------------------------------------------------------------------------------------- what they write
+
+@pytest.mark.parametrize("kind", ["llava-1.5", "llava-1.6", "llama3-next"])
+def test_knockout_writes_a_row_per_question_edge_and_layer_equal_to_the_plain_curve(call, data, checkpoint, model,
+                                                                                    tmp_path, kind):
+    out = tmp_path / "out"
+    code, stdout, err = call(knockout.main, "--model", checkpoint(kind), *data, "--all", "--src", "image", "--tgt",
+                             "question", "--edge", "True Option->Last", "last->last", "--window", 3, "--dtype",
+                             "float32", "--out", out)
+    assert code == 0, err
+    assert "3/3" in err and str(out / "knockout.csv") in stdout and str(out / "knockout.png") in stdout
+    rows, m = read(out / "knockout.csv"), model(kind)
+    L, edges = len(m.decoder.layers), ["image->question", "true_option->last", "last->last"]
+    assert tuple(rows[0]) == knockout.COLUMNS
+    assert [(r["question_id"], r["edge"], int(r["layer"])) for r in rows] == [
+        (q, e, l) for q in ("01", "02", "03") for e in edges for l in range(L)]
+    for q in eval_gqa.read_csv(data[1], data[3]):
+        p = q.prompt(m)
+        x = m.embed(p)
+        logits, caches = m.prefill(x)
+        token, answer = logits.argmax().item(), m.words(m.decode(logits, caches, 16))
+        for edge in edges:
+            mine = [r for r in rows if r["question_id"] == q.id and r["edge"] == edge]
+            points = knockout.curve(m.decoder, x, *map(p.positions, edge.split("->")), token, 3)
+            assert [float(r["p_knockout"]) for r in mine] == pytest.approx(points, rel=1e-6)
+            for r in mine:
+                base, cut = float(r["p_base"]), float(r["p_knockout"])
+                assert base == pytest.approx(logits.softmax(-1)[token].item(), rel=1e-5)
+                assert float(r["change_percent"]) == (cut - base) / base * 100           # full precision
+                assert (r["prediction"], r["token"]) == (answer, m.tokenizer.id_to_token(token))
+                assert (r["image"], r["task"], r["window"]) == (q.image.name, "ChooseAttr", "3")
+    image = Image.open(out / "knockout.png")
+    assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_run_json_names_model_weights_and_settings(call, data, checkpoint, tmp_path):
+    folder, out = checkpoint("llava-1.5"), tmp_path / "out"
+    assert call(knockout.main, "--model", folder, *data, "--all", "--edge", "image->last", "--out", out)[0] == 0
+    record = json.loads((out / "run.json").read_text())
+    assert record["settings"]["model"] == str(folder) and record["settings"]["edges"] == ["image->last"]
+    assert record["settings"]["weights"] == llava_min.weights_hash(llava_min.resolve(str(folder)))
+    assert record["settings"]["dtype"] == ("bfloat16" if record["settings"]["device"] == "cpu" else "float16")
+    assert record["calls"][0]["command"][0] == "knockout.py" and record["questions"] == 3
+
+
+def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(call, data, checkpoint, tmp_path, monkeypatch):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->question", "question->last",
+            "--dtype", "float32", "--window", 2)
+    assert call(knockout.main, *argv, "--out", tmp_path / "whole")[0] == 0
+    honest, asked = knockout.measure, []
+
+    def stopped(model, q, args, strict):
+        asked.append(q.id)
+        if asked == ["01", "02"]:
+            raise KeyboardInterrupt
+        return honest(model, q, args, strict)
+    monkeypatch.setattr(knockout, "measure", stopped)
+    code, _, err = call(knockout.main, *argv, "--out", tmp_path / "parts")
+    assert code == 130 and "same command" in err
+    assert {r["question_id"] for r in read(tmp_path / "parts" / "knockout.csv")} == {"01"}
+    assert call(knockout.main, *argv, "--out", tmp_path / "parts")[0] == 0
+    assert asked == ["01", "02", "02", "03"]                        # the first question is not asked again
+    whole, parts = ((tmp_path / d / "knockout.csv").read_bytes() for d in ("whole", "parts"))
+    assert whole == parts
+    monkeypatch.setattr(llava_min, "load", None)                    # all is done: the model is not even loaded
+    assert call(knockout.main, *argv, "--out", tmp_path / "parts")[0] == 0
+
+
+def test_another_runs_directory_is_refused_by_the_setting_that_differs(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->question", "--out", tmp_path / "out")
+    assert call(knockout.main, *argv)[0] == 0
+    before = (tmp_path / "out" / "knockout.csv").read_bytes()
+    refused(call(knockout.main, *argv, "--window", 3), "window = 9, this one has 3", tmp_path / "out")
+    refused(call(knockout.main, *argv, "--edge", "last->last"), "edges")
+    assert (tmp_path / "out" / "knockout.csv").read_bytes() == before
+
+
+def test_only_right_answers_count_unless_all_is_given(call, data, checkpoint, model, tmp_path):
+    m, rows = model("llava-1.5"), []
+    for line, q in zip(ROWS, eval_gqa.read_csv(data[1], data[3]), strict=True):
+        answer = m.generate(q.prompt(m))
+        rows.append(line if q.id == "02" else line.replace(f",{q.answer},", f',"{answer.lower()}",', 1))
+    data[1].write_text("\n".join([HEADER, *rows]) + "\n", encoding="utf-8")
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--edge", "image->last", "--dtype", "float32")
+    code, stdout, err = call(knockout.main, *argv, "--out", tmp_path / "right")
+    assert code == 0 and "3 questions, 2 answered right" in stdout, err
+    assert {r["question_id"] for r in read(tmp_path / "right" / "knockout.csv")} == {"01", "03"}
+    assert call(knockout.main, *argv, "--all", "--out", tmp_path / "all")[0] == 0
+    assert {r["question_id"] for r in read(tmp_path / "all" / "knockout.csv")} == {"01", "02", "03"}
+
+
+def test_an_edge_whose_group_a_question_lacks_gives_no_row_and_is_counted(call, data, checkpoint, tmp_path):
+    data[1].write_text(data[1].read_text().replace("Is the lamp on or off?", "Is the lamp turned on?"))
+    code, stdout, err = call(knockout.main, "--model", checkpoint("llava-1.5"), *data, "--all", "--edge",
+                             "false_option->last", "image->last", "--out", tmp_path / "out")
+    assert code == 0, err
+    rows = read(tmp_path / "out" / "knockout.csv")
+    assert {r["question_id"] for r in rows if r["edge"] == "false_option->last"} == {"01", "02"}
+    assert {r["question_id"] for r in rows if r["edge"] == "image->last"} == {"01", "02", "03"}
+    assert "false_option->last: no row for 1 question (" in stdout
+
+
+def test_groups_prints_the_table_of_groups_and_draws_them(call, photo, checkpoint, tmp_path):
+    code, stdout, _ = call(knockout.main, "--model", checkpoint("llava-1.6"), "--image", photo, "--question",
+                           "Is the cup red or blue?", "--options", "red,blue", "--answer", "blue", "--box", "0,0,40,30",
+                           "--edge", "image-newlines->text:cup", "--groups", "--out", tmp_path / "out")
+    table = {line.split()[0]: line for line in stdout.splitlines() if line}
+    assert code == 0 and set(llava_min.NAMES) <= set(table)
+    assert "Is the cup red or blue?" in table["question"] and table["true_option"].endswith("blue")
+    assert "only" not in table["newlines"] and "(" in table["captions"]
+    assert table["image-newlines"] and table["text:cup"].endswith("cup")
+    assert Image.open(tmp_path / "out" / "groups.png").size[0] > 300
+    assert not (tmp_path / "out" / "knockout.csv").exists()
+
+
+def test_selfcheck_reports_every_edge_and_ends_with_0(call, data, checkpoint):
+    code, stdout, _ = call(knockout.main, "--model", checkpoint("llama3-next"), *data, "--edge", "image->question",
+                           "last->last", "--window", 2, "--selfcheck")
+    assert code == 0 and "6 edges checked, 0 checks failed" in stdout and "FAILED" not in stdout
+
+
+def test_without_data_everything_runs_on_the_built_in_drawing(call, checkpoint, tmp_path):
+    code, stdout, err = call(knockout.main, "--model", checkpoint("llava-1.5"), "--src", "image", "--tgt", "question",
+                             "--out", tmp_path / "out")
+    assert code == 0, err
+    assert {r["image"] for r in read(tmp_path / "out" / "knockout.csv")} == {"drawing.png"}
+
+
+def test_a_text_only_model_reads_captions_in_the_pictures_place(call, checkpoint, tmp_path):
+    (tmp_path / "x_Cap.csv").write_text(HEADER + ",captions\n" + ROWS[0] + ",a red cup. a table.\n")
+    code, _, err = call(knockout.main, "--model", checkpoint("vicuna"), "--data", tmp_path / "x_Cap.csv", "--all",
+                        "--edge", "captions->last", "image->last", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert {r["edge"] for r in read(tmp_path / "out" / "knockout.csv")} == {"captions->last"}
+
+
+def test_llava_min_answers_a_question(call, photo, checkpoint, model):
+    m = model("llava-1.5")
+    argv = ("--model", checkpoint("llava-1.5"), "--dtype", "float32", "--image", photo, "--question", "Is it red?")
+    code, stdout, err = call(llava_min.main, *argv)
+    assert code == 0 and stdout.strip() == m.generate(m.prompt("Is it red?", llava_min.open_image(photo)))
+    assert err.startswith("model ") and err.count("\n") == 1
+    long = m.prompt("Is it red?", llava_min.open_image(photo), brief=False)
+    assert call(llava_min.main, *argv, "--long", "--tokens", 3)[1].strip() == m.generate(long, 3)
+    assert "single word" not in long.text
+
+
+def test_the_decoders_and_the_tower_run_alone(call, checkpoint, photo, tmp_path):
+    code, stdout, err = call(vicuna.main, "--weights", checkpoint("vicuna"), "--prompt", "Is the cup", "--tokens", 3)
+    assert code == 0 and stdout.startswith("Is the cup")
+    done = subprocess.run([sys.executable, ROOT / "vicuna.py", "--weights", tmp_path, "--prompt", "x"], text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["knockout.py", "llava_min.py", "vicuna.py", "llama3.py", "clip_vit.py", "plots.py",
+                                    "bench.py"])
+def test_help_is_the_manual_with_an_example(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"python {script}" in done.stdout and "usage:" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+EDGE = ("--src", "image", "--tgt", "question")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (("--src", "image"), ["--src and --tgt"]), ((), ["nothing to cut", "--src image --tgt question"]),
+    (("--src", "imgae", "--tgt", "question"), ["imgae", "related_patches"]),
+    (("--edge", "image"), ["SOURCE->TARGET"]), ((*EDGE, "--window", "0"), ["--window", "from 1"]),
+    ((*EDGE, "--window", "x"), ["--window"]), ((*EDGE, "--dtype", "float8"), ["--dtype"]),
+    (("--nonsense",), ["--nonsense"]), ((*EDGE, "--limit", "0"), ["--limit"])])
+def test_flags_are_checked_before_anything_is_loaded(call, argv, words):
+    refused(call(knockout.main, *argv), *words)
+
+
+def test_a_group_this_single_question_does_not_have_is_an_error(call, photo, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it red?", "--out", tmp_path / "out")
+    refused(call(knockout.main, *argv, "--edge", "true_option->last"), "true_option", "no options")
+    refused(call(knockout.main, *argv, "--edge", "text:green->last"), "text:green", "Is it red?")
+    refused(call(knockout.main, *argv, "--edge", "system->system"), "position(s) [0")
+    refused(call(knockout.main, *argv, "--edge", "image->last", "--box", "80,2,30,3"), "--box 80,2,30,3")
+
+
+def spoil(file, how):
+    data = file.read_bytes()
+    file.write_bytes({"truncated": data[:len(data) // 2], "text": b"not a picture", "empty": b""}[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "text", "empty"])
+def test_a_picture_that_cannot_be_read_is_named(call, photo, checkpoint, tmp_path, how):
+    spoil(photo, how)
+    argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it red?")
+    refused(call(knockout.main, *argv, *EDGE, "--out", tmp_path / "out"), photo)
+    assert call(llava_min.main, *argv)[0] == 2
+
+
+def test_a_decompression_bomb_is_refused(call, checkpoint, tmp_path, monkeypatch):
+    Image.new("1", (2000, 2000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500_000)       # warned about above this, refused above twice this
+    for limit in (1_500_000, 3_000_000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        refused(call(knockout.main, "--model", checkpoint("llava-1.5"), "--image", tmp_path / "bomb.png", "--question",
+                     "Is it red?", *EDGE), "bomb.png", "pixels")
+
+
+def test_a_bad_row_stops_the_run_with_what_was_finished_or_is_left_out_under_skip_bad(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->last")
+    os.remove(tmp_path / "b.jpg")                                   # the second question's picture
+    refused(call(knockout.main, *argv, "--out", tmp_path / "out"), "b.jpg", "x_ChooseAttr.csv, line 3")
+    assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01"}
+    code, stdout, err = call(knockout.main, *argv, "--skip-bad", "--out", tmp_path / "out")
+    assert code == 0 and "left out: " in stdout and "b.jpg" in stdout, err
+    assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01", "03"}
+    world.picture(60, 90).save(tmp_path / "b.jpg")                  # it is found again: the run is completed
+    assert call(knockout.main, *argv, "--out", tmp_path / "out")[0] == 0
+    assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01", "02", "03"}
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda t: t.replace("40,30", "40,x"), ["line 2", "'central object h'", "'x'"]),
+    (lambda t: t.replace("central object h", "height"), ["no column 'central object h'"]),
+    (lambda t: t.replace("20,10,40,30", "95,10,40,30"), ["line 2", "box 95,10,40,30", "outside the 90x60"]),
+    (lambda t: t.replace(",90,60,", ",91,60,"), ["line 2", "90x60", "91x60"])])
+def test_a_row_with_bad_numbers_is_named_by_line(call, data, checkpoint, tmp_path, edit, words):
+    data[1].write_text(edit(data[1].read_text()))
+    refused(call(knockout.main, "--model", checkpoint("llava-1.5"), *data, *EDGE, "--all", "--out", tmp_path / "out"),
+            "x_ChooseAttr.csv", *words)
+
+
+def test_if_nothing_could_be_measured_the_run_says_so(call, data, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, err = call(knockout.main, "--model", checkpoint("llava-1.5"), *data, *EDGE, "--out", out)
+    assert code == 2 and "0 answered right" in stdout and "--all" in err and not (out / "knockout.png").exists()
+
+
+def resave(folder, change):
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+DAMAGE = {"missing": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), ["missing", "layers.1.mlp.up_proj"]),
+          "extra": (lambda t: t.update(lost=torch.zeros(2)), ["extra", "lost"]),
+          "misshapen": (lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
+                        ["model.norm.weight", "(7,)", "(48,)"])}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_tensor(call, checkpoint, photo, tmp_path, what):
+    shutil.copytree(checkpoint("vicuna"), tmp_path / "model")
+    change, words = DAMAGE[what]
+    resave(tmp_path / "model", change)
+    refused(call(llava_min.main, "--model", tmp_path / "model", "--question", "Is it red?"), *words)
+
+
+@pytest.mark.parametrize("spoiled, words", [
+    ("header", ["model.safetensors", "damaged"]), ("cut", ["model.safetensors", "damaged"]),
+    ("config", ["config.json", "not JSON"]), ("tokenizer", ["tokenizer.json or tokenizer.model"]),
+    ("list", ["config.json", "not a JSON object"]), ("rope", ["rope_scaling"])])
+def test_damaged_files_of_a_checkpoint_are_named(call, checkpoint, tmp_path, spoiled, words):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("vicuna"), folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if spoiled == "header":
+        weights.write_bytes(b"\xff" * 40 + weights.read_bytes()[40:])
+    elif spoiled == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif spoiled == "tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    else:
+        raw = json.loads(config.read_text())
+        scaled = json.dumps(raw | {"rope_scaling": {"factor": 2}})
+        config.write_text({"config": "{", "list": "[]", "rope": scaled}[spoiled])
+    refused(call(llava_min.main, "--model", folder, "--question", "Is it red?"), *words)
+
+
+def test_probabilities_that_are_not_numbers_stop_the_run(call, checkpoint, tmp_path, photo):
+    shutil.copytree(checkpoint("vicuna"), tmp_path / "model")
+    resave(tmp_path / "model", lambda t: t["lm_head.weight"].fill_(float("inf")))
+    (tmp_path / "x_Cap.csv").write_text(HEADER + ",captions\n" + ROWS[0] + ",a red cup.\n")
+    refused(call(knockout.main, "--model", tmp_path / "model", "--data", tmp_path / "x_Cap.csv", "--all", "--edge",
+                 "captions->last", "--out", tmp_path / "out"), "non-finite probability", "--dtype")
+
+
+def test_a_directory_that_cannot_be_written_is_named(call, data, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(call(knockout.main, "--model", checkpoint("llava-1.5"), *data, *EDGE, "--out", tmp_path / "file" / "out"),
+            tmp_path / "file")
+
+
+def test_a_device_this_machine_lacks_is_refused(call, checkpoint):
+    for device in {"cuda": torch.cuda, "mps": torch.backends.mps}.items():
+        if not device[1].is_available():
+            refused(call(llava_min.main, "--model", checkpoint("vicuna"), "--question", "x", "--device", device[0]),
+                    f"--device {device[0]}")
+
+
+def test_plots_refuses_a_csv_that_is_not_a_runs(tmp_path):
+    for text in ("", "a,b\n1,2\n"):
+        (tmp_path / "k.csv").write_text(text)
+        with pytest.raises(ValueError, match="k.csv has no"):
+            plots.knockout(tmp_path / "k.csv", tmp_path / "k.png")
+    with pytest.raises(ValueError, match="No such file"):
+        plots.knockout(tmp_path / "nowhere.csv", tmp_path / "k.png")
+
+
+def test_the_interval_of_a_mean_is_196_standard_errors():
+    mean, half = plots.mean_interval([[1.0, 0.0], [3.0, 0.0]])
+    assert mean.tolist() == [2.0, 0.0] and half.tolist() == pytest.approx([1.96, 0.0])   # sd sqrt(2), n 2
+    assert plots.mean_interval([[4.0]])[1].tolist() == [0.0]

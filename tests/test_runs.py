@@ -1,0 +1,240 @@
+"""python -m pytest tests/test_runs.py
+
+A run on disk: what a crash leaves, how a run goes on, what it refuses, and one-line errors.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import runs
+from runs import Run, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("id", "text", "p")
+
+
+def start(out, **settings):
+    return Run(out, "x.csv", COLUMNS, {"window": 9, **settings})
+
+
+def whole(out, items=range(5)):
+    run = start(out)
+    for i in run.todo(items, key=str):
+        run.write(str(i), [[i, f'"{i}", a\nb', i / 3], [i, "é", 1e-17]], right=i % 2 == 0)
+    run.finish()
+    return (out / "x.csv").read_bytes()
+
+
+def test_floats_are_written_in_full_precision_and_text_is_quoted(tmp_path):
+    lines = whole(tmp_path, [1]).decode()
+    assert lines == 'id,text,p\n1,"""1"", a\nb",0.3333333333333333\n1,é,1e-17\n'
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_stays_as_it_is(tmp_path):
+    before = whole(tmp_path)
+    assert list(start(tmp_path).todo(range(5), key=str)) == []
+    assert whole(tmp_path) == before
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_file(tmp_path):
+    expected = whole(tmp_path / "whole")
+    run = start(tmp_path / "parts")
+    for i in run.todo(range(5), key=str):
+        run.write(str(i), [[i, f'"{i}", a\nb', i / 3], [i, "é", 1e-17]], right=i % 2 == 0)
+        if i == 2:
+            break
+    assert whole(tmp_path / "parts") == expected
+    notes = start(tmp_path / "parts").done
+    assert {key: note["right"] for key, note in notes.items()} == {str(i): i % 2 == 0 for i in range(5)}
+    assert all(note["rows"] == 2 for note in notes.values())
+
+
+def test_whatever_byte_a_crash_cuts_the_files_at_the_run_comes_out_the_same(tmp_path):
+    """The CSV may hold more than the journal says (torn rows) or the journal a torn line: both are dropped."""
+    expected = whole(tmp_path)
+    journal = (tmp_path / "x.progress").read_bytes()
+    for cut in range(0, len(journal) + 1, 7):
+        (tmp_path / "x.progress").write_bytes(journal[:cut])
+        (tmp_path / "x.csv").write_bytes(expected[:max(len(expected) - cut % 11, end_of(journal[:cut]))] + b"9,to")
+        assert whole(tmp_path) == expected, cut
+        assert (tmp_path / "x.progress").read_bytes() == journal
+
+
+def end_of(journal):
+    lines = journal[:journal.rfind(b"\n") + 1].splitlines()
+    return json.loads(lines[-1])["end"] if lines else 0
+
+
+def test_a_csv_cut_shorter_than_the_journal_says_is_made_whole(tmp_path):
+    expected = whole(tmp_path)
+    for size in range(0, len(expected), 13):
+        (tmp_path / "x.csv").write_bytes(expected[:size])
+        assert whole(tmp_path) == expected
+
+
+def test_a_killed_process_loses_at_most_the_question_it_was_at(tmp_path):
+    code = textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from runs import Run
+        run = Run({str(tmp_path)!r}, "x.csv", {COLUMNS!r}, {{"window": 9}})
+        for i in run.todo(range(1000), key=str):
+            run.write(str(i), [[i, "t", 0.5]] * 3)
+            print(i, flush=True)
+            time.sleep(0.002)
+    """)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        for line in process.stdout:
+            if line.strip() == b"20":
+                break
+        process.send_signal(signal.SIGKILL)
+        seen = [20, *(int(line) for line in process.stdout if line.strip().isdigit())]
+    run = start(tmp_path)
+    assert max(seen) <= len(run.done) - 1 <= max(seen) + 1
+    assert (tmp_path / "x.csv").read_text().count("\n") == 1 + 3 * len(run.done)
+
+
+@pytest.mark.parametrize("settings, words", [({"window": 3}, "window = 9, this one has 3"),
+                                             ({"window": 9, "dtype": "float16"}, "dtype = nothing")])
+def test_another_runs_directory_is_refused_by_the_setting_that_differs(tmp_path, settings, words):
+    before = whole(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        Run(tmp_path, "x.csv", COLUMNS, settings)
+    assert (tmp_path / "x.csv").read_bytes() == before
+
+
+def test_a_run_that_finished_nothing_makes_way_for_another(tmp_path):
+    start(tmp_path, edges="misspelt").finish()
+    assert whole(tmp_path).startswith(b"id,text,p")
+    assert json.loads((tmp_path / "run.json").read_text())["settings"] == {"window": 9}
+
+
+def test_files_that_are_no_runs_are_refused_and_left_alone(tmp_path):
+    (tmp_path / "x.csv").write_text("mine\n")
+    with pytest.raises(ValueError, match="without a run.json"):
+        start(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is not a run's record"):
+        start(tmp_path)
+    assert (tmp_path / "x.csv").read_text() == "mine\n"
+    whole(tmp_path / "b")
+    os.remove(tmp_path / "b" / "x.progress")
+    with pytest.raises(ValueError, match="is gone"):
+        start(tmp_path / "b")
+
+
+def test_run_json_says_where_the_numbers_come_from(tmp_path):
+    whole(tmp_path)
+    whole(tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["settings"] == {"window": 9} and record["questions"] == 5
+    assert [call["questions"] for call in record["calls"]] == [5, 0]
+    assert all(call["command"] == sys.argv and call["seconds"] >= 0 for call in record["calls"])
+    import torch
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] and record["versions"]["python"]
+    assert record["machine"]["cores"] >= 1
+
+
+def test_each_question_is_synced_before_it_counts(tmp_path, monkeypatch):
+    run, order = start(tmp_path), []
+    honest = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), honest(fd)))
+    monkeypatch.setattr(run, "note", lambda line: order.append("note"))
+    run.write("a", [[1, "t", 0.5]] * 50)
+    assert order == ["sync", "note"]
+
+
+def test_the_progress_bar_counts_what_was_done_before(tmp_path, capsys):
+    run = start(tmp_path)
+    run.write("0", [])
+    for i in run.todo(range(4), key=str):
+        run.write(str(i), [])
+    assert "4/4" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+def outcome(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+def fails(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, text", [
+    (ValueError("two\nlines"), "error: two lines\n"),
+    (FileNotFoundError(2, "No such file or directory", "a.csv"), "error: a.csv: No such file or directory\n"),
+    (OSError(28, "No space left on device", "out/x.csv"), "error: out/x.csv: No space left on device\n")])
+def test_what_a_user_can_cause_is_one_line_and_exit_code_2(error, text, capsys, monkeypatch):
+    monkeypatch.delenv("LLAVA_FLOW_TRACEBACK", raising=False)
+    assert outcome(fails(error), capsys) == (2, text)
+
+
+def test_running_out_of_memory_says_what_to_try(capsys):
+    import torch
+    code, err = outcome(fails(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")), capsys)
+    assert code == 2 and err.count("\n") == 1 and "--dtype" in err
+
+
+def test_what_only_we_can_cause_keeps_its_traceback(monkeypatch):
+    for error in (KeyError("x"), RuntimeError("bug"), AssertionError()):
+        with pytest.raises(type(error)):
+            cli(fails(error))
+    monkeypatch.setenv("LLAVA_FLOW_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        cli(fails(ValueError("x")))
+
+
+def test_ctrl_c_says_that_the_run_can_go_on(capsys):
+    code, err = outcome(fails(KeyboardInterrupt()), capsys)
+    assert code == 130 and "same command" in err
+
+
+def test_a_full_disk_loses_nothing_that_was_finished(tmp_path, monkeypatch):
+    run = start(tmp_path)
+    run.write("a", [[1, "t", 0.5]])
+    real = os.fsync
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.write("b", [[2, "t", 0.5]])
+    monkeypatch.setattr(os, "fsync", real)
+    assert list(start(tmp_path).done) == ["a"]
+    assert (tmp_path / "x.csv").read_text() == "id,text,p\n1,t,0.5\n"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    runs.write_json(file, {"a": 1})
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        runs.write_json(file, {"b": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+
+def test_counts_are_whole_numbers_from_1():
+    assert runs.count("12") == 12
+    for text in ("0", "-1", "1.5", "x", ""):
+        with pytest.raises(runs.argparse.ArgumentTypeError):
+            runs.count(text)
+
+
+def test_the_clock_has_a_time_zone():
+    assert time.strptime(runs.now(), "%Y-%m-%dT%H:%M:%S%z")
