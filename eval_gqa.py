@@ -197,6 +197,8 @@ def read_questions(args, bad, vision=True):
 
 def own_question(args, vision):
     """--image, --question and their companions -> Question."""
+    if args.image and not vision:
+        raise ValueError("--image: this model is text-only")
     if not args.question or (vision and not args.image):
         raise ValueError(f"{'--image' if not args.question else '--question'} needs "
                          f"{'--question TEXT' if not args.question else '--image FILE'}")

@@ -183,6 +183,8 @@ def measure(model, q, args, strict):
 
 
 def main():
+    from pathlib import Path
+
     import llava_min
     import plots
     from eval_gqa import read_questions
@@ -199,7 +201,8 @@ def main():
     run = Run(args.out, "knockout.csv", COLUMNS, {
         "model": files.origin, "revision": files.revision, "weights": llava_min.weights_hash(files), "device": device,
         "dtype": str(llava_min.pick_dtype(args.dtype, device)).removeprefix("torch."), "preprocess": args.preprocess,
-        "data": [file_hash(f) for f in args.data or ()], "question": None if args.data else repr(questions[0]),
+        "data": [f"{Path(f).name} {file_hash(f)[:16]}" for f in args.data or ()],
+        "question": None if args.data else repr(questions[0]),
         "edges": ["->".join(e) for e in args.edges], "window": args.window, "limit": args.limit, "all": args.all,
         "paper_spans": args.paper_spans})
     model = llava_min.load_files(files, args) if any(q.key not in run.done for q in questions) else None

@@ -40,12 +40,13 @@ class Run:
         self.done, self.fresh, self.began = {}, 0, time.time()      # done: key -> note of a finished question
         self.out.mkdir(parents=True, exist_ok=True)
         calls, clash = self.old_run()
+        self.rows = open(self.csv, "r+b" if self.csv.exists() else "w+b")          # noqa: SIM115, closed by close
+        lock(self.rows)
         end = self.read_journal()
         if clash and self.done:
             raise ValueError(clash)
         if not self.done:                                           # nothing to lose: start afresh
             calls, end = [], 0
-        self.rows = open(self.csv, "r+b" if self.csv.exists() else "w+b")          # noqa: SIM115, closed by finish
         self.rows.truncate(end)
         self.rows.seek(end)
         self.log = open(self.journal, "w" if end == 0 else "a", encoding="utf-8")  # noqa: SIM115
@@ -59,7 +60,7 @@ class Run:
     def old_run(self):
         """The run.json that is there, if any -> (its list of calls, how its settings differ or None)."""
         if not self.info.exists():
-            if self.csv.exists():
+            if self.csv.exists() and self.csv.stat().st_size:
                 raise ValueError(f"{self.csv} is there without a run.json: not a run that can go on; use another --out")
             return [], None
         try:
@@ -74,7 +75,7 @@ class Run:
 
     def read_journal(self):
         """Fill `done`; returns where the last finished question's rows end in the CSV (0: nothing there yet)."""
-        end, size = 0, self.csv.stat().st_size if self.csv.exists() else 0
+        end, size = 0, self.csv.stat().st_size
         if not self.journal.exists():
             if size:
                 raise ValueError(f"{self.journal} is gone, without which {self.csv} cannot go on; use another --out")
@@ -126,18 +127,35 @@ class Run:
         self.log.write(json.dumps(line) + "\n")                     # after the rows: without it they do not count
         self.log.flush()
 
-    def finish(self):
-        """Close the files and complete run.json."""
+    def close(self):
+        """Let go of the files; what is written stays, and a later run may go on."""
         self.rows.close()
         self.log.close()
+
+    def finish(self):
+        """Close the files and complete run.json."""
+        self.close()
         self.record["questions"] = len(self.done)
         self.record["calls"][-1] |= {"finished": now(), "seconds": round(time.time() - self.began, 1),
                                      "questions": self.fresh}
         write_json(self.info, self.record)
 
 
+def lock(file):
+    """Keep a second process out of a run's files until this one ends. ValueError: one is at work there."""
+    try:
+        import fcntl
+    except ImportError:                                             # Windows has no such locks, and works without
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing {file.name}; wait for it, or use another --out") from None
+
+
 def show(value):
-    return "nothing" if value is None else json.dumps(value)
+    text = "nothing" if value is None else json.dumps(value)
+    return text if len(text) < 150 else text[:140] + " ..."
 
 
 def file_hash(file):

@@ -280,7 +280,10 @@ def load_tokenizer(folder):
     from tokenizers import Tokenizer
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:                                      # tokenizers raises nothing more special
+            raise ValueError(f"{folder / 'tokenizer.json'} is damaged or not a tokenizer ({e})") from e
     if (folder / "tokenizer.model").exists():
         return from_sentencepiece((folder / "tokenizer.model").read_bytes())
     raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")

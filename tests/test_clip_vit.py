@@ -145,6 +145,17 @@ def test_a_folder_without_config_or_weights_is_an_error_that_names_it(tmp_path):
         clip_vit.load(tmp_path)
 
 
+def test_the_file_is_a_program_that_looks_at_a_picture(tmp_path, capsys, monkeypatch):
+    world.write_clip(tmp_path, "llava-1.5")
+    world.picture(90, 60).save(tmp_path / "photo.png")
+    monkeypatch.setattr("sys.argv", ["clip_vit", "--weights", str(tmp_path), "--image", str(tmp_path / "photo.png")])
+    clip_vit.main()
+    squeezed = clip_vit.to_pixels(world.picture(90, 60).resize((56, 56), Image.Resampling.BICUBIC))
+    norms = clip_vit.load(tmp_path)(squeezed[None])[0, 1:].norm(dim=-1)
+    assert capsys.readouterr().out == (f"16 patches of width 32; L2 norm {norms.min():.1f} to {norms.max():.1f}, "
+                                       f"median {norms.median():.1f}\n")
+
+
 # ---------------------------------------------------------------------------------------------------- configs
 
 def test_keys_that_transformers_omits_have_clip_vision_configs_defaults():

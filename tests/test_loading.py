@@ -51,9 +51,10 @@ def load(folder, **how):
 
 # ------------------------------------------------------------------------------------------------- what must be equal
 
-@pytest.mark.parametrize("pack", ["one", "sharded", "bin", "bin-sharded"])
-@pytest.mark.parametrize("kind, layout", [(kind, layout) for kind in world.KINDS for layout in world.LAYOUTS
-                                          if layout == "original" or kind != "vicuna"])
+@pytest.mark.parametrize("kind, layout, pack", [
+    (kind, layout, pack) for kind, k in world.KINDS.items() for layout in world.LAYOUTS
+    if k.image or layout == "original" for pack in ("one", "sharded", "bin", "bin-sharded")
+    if layout in ("original", "hf") or pack == "one"])
 def test_every_layout_and_file_format_gives_the_same_parameters_and_config(kind, layout, pack, tmp_path, model):
     loaded = load(world.write(tmp_path, kind, layout, pack))
     assert_holds(loaded, kind)
@@ -126,14 +127,35 @@ def test_a_decoder_file_alone_loads_a_text_model(pack, tmp_path, model):
         assert torch.equal(alone.get_parameter(name), p), name
 
 
-def test_llama3_alone_loads_a_text_model(tmp_path, model):
-    whole, raw = model("llama3-next").decoder, world.original_config("llama3-next", "none")
-    save_file({f"model.{name}" if not name.startswith("lm_head") else name: p for name, p in whole.named_parameters()},
-              tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
-    alone = llama3.load(tmp_path)
+@pytest.fixture
+def llama3_text_model(tmp_path):
+    """A folder with the decoder of llama3-next alone, as a Llama-3 repository holds it."""
+    raw = world.original_config("llama3-next", "none") | {"model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    world.save(tmp_path, {name: tensor for name, tensor in world.weights("llama3-next").items()
+                          if not re.search("mm_projector|vision_tower|image_newline", name)}, "one")
+    world.write_llama3_tokenizer(tmp_path, "model")
+    return tmp_path
+
+
+def test_llama3_alone_loads_a_text_model(llama3_text_model, model):
+    alone, whole = llama3.load(llama3_text_model), model("llama3-next").decoder
     assert alone.config == whole.config
     assert all(torch.equal(alone.get_parameter(name), p) for name, p in whole.named_parameters())
+
+
+@pytest.mark.parametrize("file", [vicuna, llama3], ids=lambda file: file.__name__)
+def test_a_decoder_file_is_a_program_that_writes_on_greedily(file, checkpoint, llama3_text_model, capsys, monkeypatch):
+    folder = checkpoint("vicuna") if file is vicuna else llama3_text_model
+    monkeypatch.setattr(sys, "argv", [file.__name__, "--weights", str(folder), "--prompt", "Is the cup red?",
+                                      "--tokens", "5", "--dtype", "float32"])
+    file.main()
+    model, tokenizer = file.load(folder), file.load_tokenizer(folder)
+    ids = tokenizer.encode("Is the cup red?").ids
+    for _ in range(5):                                              # no cache: everything again for each token
+        ids.append(model.lm_head(model.norm(model(model.embed_tokens(torch.tensor([ids])))))[0, -1].argmax().item())
+    assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
+    assert tokenizer.decode(ids).startswith("Is the cup red?")
 
 
 @pytest.mark.parametrize("layout", ["hf", "hf5", "memory5"])

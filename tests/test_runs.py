@@ -39,7 +39,9 @@ def test_floats_are_written_in_full_precision_and_text_is_quoted(tmp_path):
 
 def test_a_finished_run_has_nothing_left_to_do_and_stays_as_it_is(tmp_path):
     before = whole(tmp_path)
-    assert list(start(tmp_path).todo(range(5), key=str)) == []
+    run = start(tmp_path)
+    assert list(run.todo(range(5), key=str)) == []
+    run.close()
     assert whole(tmp_path) == before
 
 
@@ -50,6 +52,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_file(tmp_path):
         run.write(str(i), [[i, f'"{i}", a\nb', i / 3], [i, "é", 1e-17]], right=i % 2 == 0)
         if i == 2:
             break
+    run.close()
     assert whole(tmp_path / "parts") == expected
     notes = start(tmp_path / "parts").done
     assert {key: note["right"] for key, note in notes.items()} == {str(i): i % 2 == 0 for i in range(5)}
@@ -99,6 +102,16 @@ def test_a_killed_process_loses_at_most_the_question_it_was_at(tmp_path):
     run = start(tmp_path)
     assert max(seen) <= len(run.done) - 1 <= max(seen) + 1
     assert (tmp_path / "x.csv").read_text().count("\n") == 1 + 3 * len(run.done)
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    run = start(tmp_path)
+    run.write("a", [[1, "t", 0.5]])
+    with pytest.raises(ValueError, match="another process is writing"):
+        start(tmp_path)
+    run.write("b", [[2, "t", 0.5]])
+    run.finish()
+    assert list(start(tmp_path).done) == ["a", "b"]
 
 
 @pytest.mark.parametrize("settings, words", [({"window": 3}, "window = 9, this one has 3"),
@@ -213,6 +226,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         run.write("b", [[2, "t", 0.5]])
     monkeypatch.setattr(os, "fsync", real)
+    run.rows.raw.close()                                            # as the dying process would
     assert list(start(tmp_path).done) == ["a"]
     assert (tmp_path / "x.csv").read_text() == "id,text,p\n1,t,0.5\n"
 
