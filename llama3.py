@@ -306,6 +306,8 @@ def from_tiktoken(data):
     try:
         lines = map(bytes.split, data.splitlines())
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if not ranks:
+            raise ValueError("it is empty")
     except ValueError as e:
         raise ValueError(f"tokenizer.model is not a tiktoken rank file ({e})") from e
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's alphabet: a letter for each byte

@@ -695,7 +695,7 @@ def pick(get, kind):
     elif index.suffix == ".json":
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{index} is not an index of shards ({e})") from e
         missing += [shard for shard in shards if not get(shard)]
         found["weights"] = [get(shard) for shard in shards]

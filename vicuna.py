@@ -308,6 +308,8 @@ def fields(data):
         elif kind in (1, 2, 5):
             size, at = varint(at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
             value, at = data[at:at + size], at + size
+            if at > len(data):
+                raise IndexError("it ends in the middle of a field")
         else:
             raise ValueError(f"tokenizer.model is not a sentencepiece model (protobuf wire type {kind})")
         yield key >> 3, value
@@ -319,16 +321,20 @@ def from_sentencepiece(data):
     sentencepiece keeps scores, not merges: a merge is any split of a piece into two pieces, best score first.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    pieces = []                                                     # (text, score, type), the index is the id
+    pieces, algorithm = [], None                                    # (text, score, type), the index is the id
     try:
         for number, value in fields(data):
             if number == 1:
                 piece = {1: b"", 2: bytes(4), 3: 1, **dict(fields(value))}  # type 1 (normal) is left out of the file
                 pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0], piece[3]))
-            elif number == 2 and dict(fields(value)).get(3, 1) != 2:
-                raise ValueError("tokenizer.model is not a BPE model")
-    except (IndexError, UnicodeDecodeError, struct.error) as e:
+            elif number == 2:
+                algorithm = dict(fields(value)).get(3, 1)           # trainer_spec.model_type
+        if algorithm is None:
+            raise IndexError("it ends before its trainer_spec")
+    except (IndexError, TypeError, UnicodeDecodeError, struct.error) as e:
         raise ValueError(f"tokenizer.model is not a sentencepiece model ({e})") from e
+    if algorithm != 2:
+        raise ValueError(f"tokenizer.model is not a BPE model (model_type {algorithm})")
     vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
     NORMAL, UNKNOWN, CONTROL = 1, 2, 3
     merges = []
