@@ -346,7 +346,9 @@ def parse_group(text):
             terms.append((sign, "text:" + name[5:].strip()))
         elif name in ALIASES:
             inner = parse_group(ALIASES[name])
-            terms += [(s if sign == "+" else {"+": "-", "-": "+"}[s], n) for s, n in inner]
+            if "-" in ALIASES[name] and (terms or m[2]):            # x - (a - b) is not x - a + b: no brackets here
+                raise ValueError(f"{m[1]!r} is {ALIASES[name]} and cannot be combined further")
+            terms += [(sign if s == "+" else s, n) for s, n in inner]
         elif name.replace(" ", "_") in NAMES:
             terms.append((sign, name.replace(" ", "_")))
         else:
@@ -360,7 +362,9 @@ def parse_group(text):
 
 def canonical(text):
     """The house spelling of a group: canonical("Image Central Object") == "related_patches"."""
-    return "".join(sign + name for sign, name in parse_group(text)).removeprefix("+")
+    terms = parse_group(text)
+    space = " " if any(name.startswith("text:") for _, name in terms) else ""
+    return "".join(f"{space}{sign}{space}{name}" for sign, name in terms).removeprefix(f"{space}+{space}")
 
 
 def parse_edge(text):

@@ -1,5 +1,6 @@
-"""What every test file shares: the import path, few threads, and world.py's tiny checkpoints, written once a run."""
+"""What every test file shares: the import path, one thread, and world.py's tiny checkpoints, written once a run."""
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)                           # with tiny tensors more threads only wait for each other,
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # here and in the processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ calls run main() in this process, through the same wrapper as the shell's; a few
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,8 +73,8 @@ def read(file):
 def refused(result, *words):
     """Exit code 2, nothing on stdout, one "error:" line that has the words (the model's own line and the bar aside)."""
     code, out, err = result
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line and "question/s" not in line
-             and not line.startswith("model ")]
+    lines = [line for line in err.replace("\r", "\n").splitlines()
+             if line.strip() and not line.startswith("model ") and not re.search(r"\d+/\d+ \[", line)]
     assert (code, out) == (2, ""), (code, out, err)
     assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in err, err
     assert len(lines[0]) < 700

@@ -39,7 +39,7 @@ def sizes(n, seed=0, low=20, high=1400):
     ("Image Central Object->Question", ("related_patches", "question")),
     ("Image Without Central Object->Question", ("other_patches", "question")),
     ("True Option->Last", ("true_option", "last")), ("Question without Options->Last", ("question_wo_options", "last")),
-    ("image -> text:the cup - text:cup", ("image", "text:the cup-text:cup")),
+    ("image -> text:the cup - text:cup", ("image", "text:the cup - text:cup")),
     ("image+last->question", ("image+last", "question"))])
 def test_the_papers_own_edge_names_are_understood(paper, ours):
     assert parse_edge(paper) == ours
@@ -52,6 +52,18 @@ def test_hyphens_in_words_are_not_minus_signs():
     assert canonical("Image Without Central Object With Pad") == "image-related_patches"
     assert llava_min.parse_group("question-image hd patch indice") == [
         ("+", "question"), ("-", "tile_patches"), ("-", "newlines")]
+
+
+@pytest.mark.parametrize("text", ["image-related_patches", "question - text:t-shirt + last", "text:a-b", "last"])
+def test_the_house_spelling_reads_as_the_same_group(text):
+    assert canonical(text) == text
+    assert llava_min.parse_group(canonical(text)) == llava_min.parse_group(text)
+
+
+def test_a_paper_name_that_is_a_difference_stands_alone():
+    for text in ("question-image without central object with pad", "image without central object with pad+last"):
+        with pytest.raises(ValueError, match="cannot be combined"):
+            llava_min.parse_group(text)
 
 
 @pytest.mark.parametrize("text", ["imgae", "image+", "-", "", "image++last", "image->", "question minus last"])

@@ -5,12 +5,14 @@ sentencepiece and a few lines of PIL, on the tiny checkpoints of world.py.
 """
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import world
 
+import llava_min
 import vicuna
 
 GOLDEN = {kind: json.loads((Path(__file__).parent / "golden" / f"{kind}.json").read_text()) for kind in world.KINDS}
@@ -63,6 +65,13 @@ def test_image_tokens_are_as_many_and_as_long_as_the_references(model, kind, cas
     assert len(features) == case["image_tokens"]
     for row, values in case["features"].items():
         close(features[int(row)], values, rel=1e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_of_canvases_that_keep_a_whole_photo_the_least_waste_wins_wherever_it_stands(model, first):
+    c = model("llava-1.6").config
+    c = replace(c, pinpoints=c.pinpoints[first:] + c.pinpoints[:first])
+    assert llava_min.best_canvas((100, 37), c) == (112, 56)         # 112x112 and 168x56 keep every pixel too
 
 
 @every_case
