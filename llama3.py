@@ -66,13 +66,14 @@ class Config:
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        h = x.float()                                               # statistics in fp32, as the reference
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        h = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)  # statistics in fp32, as the reference
         return self.weight * h.to(x.dtype)                          # cast back first, then the weight
 
 
