@@ -94,26 +94,30 @@ def forward(args):
 
 
 LOADERS = {
-    "ours": "import vicuna; warm = vicuna.load; run = lambda: vicuna.load(folder, torch.bfloat16)",
+    "ours": "import vicuna; run = lambda: vicuna.load(folder, torch.bfloat16)",
     "transformers": "from transformers import LlamaForCausalLM as M; "
                     "run = lambda: M.from_pretrained(folder, dtype=torch.bfloat16)"}
 MEASURE = """
-import resource, sys, time, torch
+import sys, time, torch
 folder = sys.argv[1]
 {loader}
+def peak():                                        # VmHWM: unlike ru_maxrss it does not start at the parent's
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 torch.ones(8, 8, dtype=torch.bfloat16) @ torch.ones(8, 8, dtype=torch.bfloat16)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 start = time.perf_counter()
 model = run()
+touched = [p.flatten()[::1024].sum().item() for p in model.parameters()]   # what was only mapped is read now
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+peak = peak() - before
 sizes = [p.numel() * p.element_size() for p in model.parameters()]
 print(seconds, peak * 1024, sum(sizes), max(sizes))
 """
 
 
 def load(args):
-    """A checkpoint in three shards, loaded in fresh processes that take turns: seconds and growth of peak memory."""
+    """A checkpoint in three shards, loaded in fresh processes that take turns: seconds until every weight can be used,
+    and growth of peak memory (Linux only)."""
     from safetensors.torch import save_file
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("meta"):
