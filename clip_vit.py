@@ -158,7 +158,7 @@ class CLIP(nn.Module):
 # ---------------------------------------------------------------------------------------------------- loading
 
 # Not in LLaVA's tower: the text tower, the pooled output, an index buffer; in transformers' and open_clip's names.
-SKIP = (r"post_layernorm\.|position_ids$|visual_projection|^text_|^logit_scale$|"
+SKIP = (r"^(vision_model\.)?post_layernorm\.|position_ids$|visual_projection|^text_|^logit_scale$|"
         r"^visual\.ln_post\.|^visual\.proj$|^(transformer|token_embedding|ln_final)\.|^positional_embedding$")
 
 OPEN_CLIP = {"visual.class_embedding": "embeddings.class_embedding", "visual.conv1.": "embeddings.patch_embedding.",
@@ -221,6 +221,8 @@ def load_into(model, pairs, rename=lambda name: name, skip=r"rotary_emb\.inv_fre
         slot = want.pop(rename(name), None)
         if slot is None:
             extra.append(name)
+        elif tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{name} is {tensor.dtype}: quantized weights are not implemented here")
         elif slot.shape != tensor.shape:
             raise ValueError(f"{name}: the checkpoint has {tuple(tensor.shape)}, the config wants {tuple(slot.shape)}")
         else:
@@ -231,14 +233,16 @@ def load_into(model, pairs, rename=lambda name: name, skip=r"rotary_emb\.inv_fre
 
 
 def load(folder, dtype=torch.float32, device="cpu"):
-    """A folder in transformers' layout (config.json) or open_clip's (open_clip_config.json) -> CLIP in eval mode."""
-    folder = Path(folder)
-    config = next((f for f in (folder / "open_clip_config.json", folder / "config.json") if f.exists()), None)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not config or not files:
-        raise FileNotFoundError(f"{folder}: no config.json or open_clip_config.json, or no *.safetensors and no *.bin")
+    """A folder in open_clip's layout (open_clip_config.json) or transformers' (config.json) -> CLIP in eval mode."""
+    folder, open_clip = Path(folder), (Path(folder) / "open_clip_config.json").exists()
+    config = folder / ("open_clip_config.json" if open_clip else "config.json")
+    names = ("open_clip_model*.safetensors", "open_clip_pytorch_model*.bin") if open_clip else (
+        "model*.safetensors", "pytorch_model*.bin")
+    files = sorted(folder.glob(names[0])) or sorted(folder.glob(names[1]))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {names[0]} and no {names[1]}")
     with torch.device("meta"):                                      # no memory until the shapes are known
-        model = CLIP(Config.from_json(json.loads(config.read_text()))).to(dtype)
+        model = CLIP(Config.from_json(json.loads(config.read_text(encoding="utf-8")))).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     load_into(model, split_qkv(read(files)), rename, SKIP)
     return model
@@ -247,6 +251,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
 def main():
     from PIL import Image
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     parser.add_argument("--weights", metavar="DIR", required=True, help="folder with the weights and their config")
     parser.add_argument("--image", metavar="FILE", required=True)
     args = parser.parse_args()
@@ -260,9 +265,14 @@ def main():
           f"median {norms.median():.1f}")
 
 
+def fail(message):
+    """One line on stderr and exit code 2: what a user can cause."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(e)

@@ -71,11 +71,12 @@ NEEDED = ("question_id", "img_id", "question", "answer")
 OBJECTS = ("central object", "object1", "object2")         # columns "NAME name", "NAME x", "NAME y", "NAME w", "NAME h"
 
 
-def read_csv(file, images=None, bad=None):
+def read_csv(file, images=None, bad=None, limit=None):
     """One of the paper's CSV files -> list of Question, in file order.
 
-    images: directory with {img_id}.jpg. bad: a list that takes the messages of rows that cannot be read; without it
-    the first such row is a ValueError. ValueError: file missing or not CSV text, a column missing, no rows.
+    images: directory with {img_id}.jpg. limit: read no more than that. bad: a list that takes the messages of rows
+    that cannot be read; without it the first such row is a ValueError. ValueError: file missing or not CSV text, a
+    column missing or doubled, no rows.
     """
     file = Path(file)
     task = file.stem.rsplit("_", 1)[-1]
@@ -84,10 +85,15 @@ def read_csv(file, images=None, bad=None):
         with open(file, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, strict=True)
             columns = reader.fieldnames or []
+            twice = [c for c, n in Counter(columns).items() if n > 1]
+            if twice:
+                raise ValueError(f"{file} has the column {twice[0]!r} twice")
             missing = [c for c in needed(columns) if c not in columns]
             if missing:
                 raise ValueError(f"{file} has no column {', '.join(map(repr, missing))}; it has {columns[:30]}")
             for row in reader:
+                if limit and len(found) == limit:
+                    break
                 try:
                     q = read_row(row, task, images, f"{file}, line {reader.line_num}")
                     if q.id in lines:
@@ -139,7 +145,7 @@ def read_row(row, task, images, where):
             raise ValueError(f"{where}, column {column!r}: empty")
     boxes = []
     for name in OBJECTS:
-        if text(f"{name} x"):
+        if any(text(f"{name} {letter}") for letter in "xywh"):
             box = tuple(number(f"{name} {letter}") for letter in "xywh")
             if box[2] < 0 or box[3] < 0:
                 raise ValueError(f"{where}: the box of {name} has a negative size")
@@ -185,7 +191,7 @@ def read_questions(args, bad, vision=True):
             raise ValueError("--data needs --images DIR, the folder of their pictures")
         if args.images and not Path(args.images).is_dir():
             raise ValueError(f"--images {args.images}: no such folder")
-        found = [q for f in args.data for q in read_csv(f, args.images, bad if args.skip_bad else None)[:args.limit]]
+        found = [q for f in args.data for q in read_csv(f, args.images, bad if args.skip_bad else None, args.limit)]
         twice = [key for key, n in Counter(q.key for q in found).items() if n > 1]
         if twice:
             raise ValueError(f"--data gives question {twice[0]} twice")
@@ -222,7 +228,8 @@ def own_question(args, vision):
         boxes.append(box)
     return Question(id="own", question=args.question.strip(), image=image, answer=answer.lower(), task="own question",
                     true_option=right, false_option=next((o for o in options if right and o != right), ""),
-                    options=() if right else options, objects=tuple(args.object), boxes=tuple(boxes), size=size)
+                    options=() if right else options,
+                    objects=tuple(o.strip() for o in args.object if o.strip()), boxes=tuple(boxes), size=size)
 
 
 def drawing(out):

@@ -83,10 +83,10 @@ def curve(decoder, x, source, target, token, k):
 
 
 def probability(logits, token):
-    """Eq. 6, softmax in float32. ValueError: not a number (float16 overflows in some models)."""
+    """Eq. 6, softmax in float32. FloatingPointError: not a number (float16 overflows in some models)."""
     p = logits.float().softmax(-1)[token].item()
     if not math.isfinite(p):
-        raise ValueError("non-finite probability: the dtype overflows in this model; use --dtype bfloat16 or float32")
+        raise FloatingPointError("non-finite probability: the dtype overflows here; use --dtype bfloat16 or float32")
     return p
 
 
@@ -166,15 +166,18 @@ def measure(model, q, args, strict):
     right = is_right(answer, q.answer)
     if not (right or args.all or strict):
         return [], {"right": False}
-    p_base, rows, skipped = probability(logits, token), [], {}
-    for edge in args.edges:
+    p_base, rows, skipped, cuts = probability(logits, token), [], {}, {}
+    for edge in args.edges:                                         # all of them before the first long curve
         try:
-            source, target = map(p.positions, edge)
+            cuts[edge] = [p.positions(group) for group in edge]
+            to_mask(cut(causal(len(p)), *cuts[edge]))
         except EmptyGroup as e:
             if strict:
                 raise
             skipped["->".join(edge)] = str(e)
-            continue
+        except ValueError as e:
+            raise ValueError(f"{q.where or q.question} {'->'.join(edge)}: {e}") from e
+    for edge, (source, target) in cuts.items():
         for layer, p_cut in enumerate(curve(model.decoder, x, source, target, token, args.window)):
             rows.append([q.id, q.image.name if q.image else "", q.task, q.question, q.answer, answer,
                          model.tokenizer.id_to_token(token), "->".join(edge), args.window, layer, p_base, p_cut,
@@ -194,17 +197,23 @@ def main():
     files = llava_min.resolve(args.model, args.revision, args.vision_tower)
     questions = read_questions(args, bad, vision=llava_min.sees(files))
     single = not args.data
+    if not questions:
+        raise ValueError(f"no usable question: {bad[0]}")
     if args.groups or args.selfcheck:
         model = llava_min.load_files(files, args)
         return show_groups(model, questions[0], args) if args.groups else show_selfcheck(model, questions, args)
     device = llava_min.pick_device(args.device)
+    texts = [f for f in (files.config, files.tokenizer, files.generation, files.tower and files.tower.config) if f]
     run = Run(args.out, "knockout.csv", COLUMNS, {
-        "model": files.origin, "revision": files.revision, "weights": llava_min.weights_hash(files), "device": device,
+        "weights": llava_min.weights_hash(files), "config": [file_hash(f)[:16] for f in texts], "device": device,
         "dtype": str(llava_min.pick_dtype(args.dtype, device)).removeprefix("torch."), "preprocess": args.preprocess,
         "data": [f"{Path(f).name} {file_hash(f)[:16]}" for f in args.data or ()],
-        "question": None if args.data else repr(questions[0]),
+        "images": str(Path(args.images).resolve()) if args.images else None,
+        "question": {k: v for k, v in vars(questions[0]).items() if k != "image"} if single else None,
+        "image": file_hash(questions[0].image)[:16] if single and questions[0].image else None,
         "edges": ["->".join(e) for e in args.edges], "window": args.window, "limit": args.limit, "all": args.all,
-        "paper_spans": args.paper_spans})
+        "paper_spans": args.paper_spans}, model=files.name, origin=files.origin, revision=files.revision,
+        seed=args.seed)
     model = llava_min.load_files(files, args) if any(q.key not in run.done for q in questions) else None
     for q in run.todo(questions, key=lambda q: q.key):
         try:
@@ -216,9 +225,10 @@ def main():
             continue
         run.write(q.key, rows, **note)
     run.finish()
-    report(run, bad)
     picture = run.csv.with_suffix(".png")
-    plots.knockout(run.csv, picture)
+    if run.rows_written():
+        plots.knockout(run.csv, picture)
+    report(run, bad, args, known=any(q.answer for q in questions))
     print(f"wrote {run.csv}, {picture} and {run.info}")
 
 
@@ -286,25 +296,38 @@ def show_selfcheck(model, questions, args):
                 print(f"  {'      ' if passed is None else 'ok    ' if passed else 'FAILED'}  {sentence}: {value:.6g}")
                 failed += passed is False
             checked += 1
+    if not checked:
+        raise ValueError("no edge could be checked: the questions do not have the groups")
     print(f"{checked} edges checked, {failed} checks failed")
-    sys.exit(1 if failed or not checked else 0)
+    sys.exit(1 if failed else 0)
 
 
-def report(run, bad):
-    """What the run counted and what it left out, on stdout. ValueError: nothing could be measured."""
+def report(run, bad, args, known):
+    """What the run counted, found and left out, on stdout. known: answers are. ValueError: nothing was measured."""
+    import csv
     import re
-    from collections import Counter
+    from collections import Counter, defaultdict
     notes = list(run.done.values())
-    skipped = Counter((edge, re.sub(r"'[^']*'", "a name", why))
-                      for note in notes for edge, why in note.get("skipped", {}).items())
-    print(f"{len(notes)} questions, {sum(n['right'] for n in notes)} answered right")
+    right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
+    print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
     for message in bad:
         print(f"left out: {message}")
+    skipped = Counter((edge, re.sub(r"'[^']*'|\"[^\"]*\"", "...", why))
+                      for note in notes for edge, why in note.get("skipped", {}).items())
     for (edge, why), n in sorted(skipped.items()):
         print(f"{edge}: no row for {n} question{'s' * (n > 1)} ({why})")
-    if not any(n.get("rows") for n in notes):
-        raise ValueError("no row was measured: no question was answered right (--all counts the others, too), or none "
-                         "has the groups")
+    changes = defaultdict(lambda: defaultdict(list))                # (task, edge) -> layer -> change_percent
+    with open(run.csv, newline="", encoding="utf-8") as f:
+        for row in csv.DictReader(f):
+            changes[row["task"], row["edge"]][int(row["layer"])].append(float(row["change_percent"]))
+    if not changes:
+        wrong = known and not args.all and not any(note["right"] for note in notes)
+        raise ValueError("no row was measured: " + (
+            "no question was answered right; --all counts the others, too" if wrong else
+            "no question has the groups, or none could be used"))
+    for (task, edge), layers in changes.items():
+        change, layer = max(((sum(c) / len(c), l) for l, c in layers.items()), key=lambda pair: abs(pair[0]))
+        print(f"{task}, {edge}: largest mean change {change:+.1f} %, around layer {layer} (n = {len(layers[layer])})")
 
 
 if __name__ == "__main__":

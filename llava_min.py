@@ -1,7 +1,7 @@
 """
 llava_min.py - LLaVA-1.5, LLaVA-1.6 and Llama3-LLaVA-NeXT: a picture and a question become one residual stream.
 
-Needs   torch, safetensors, tokenizers, pillow, numpy, and beside it clip_vit.py with vicuna.py or llama3.py;
+Needs   torch, safetensors, tokenizers, pillow, numpy, and beside it clip_vit.py, vicuna.py and llama3.py;
         huggingface_hub to fetch a published model.
 Run     python llava_min.py --model llava-1.5-7b --image photo.jpg --question "Is the cup red or blue?"
 Matches the original LLaVA (haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT)  (tests/test_golden.py)
@@ -74,9 +74,9 @@ class Config:
         if not raw.get("mm_vision_tower"):
             return cls(decoder_file(raw).Config.from_json(raw))
         aspect = raw.get("image_aspect_ratio") or "square"
-        check(raw, mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch", mm_use_im_start_end=False,
-              mm_use_im_patch_token=False, mm_resampler_type=None,
-              mm_patch_merge_type={"anyres": "spatial_unpad"}.get(aspect, "flat"))
+        check({"mm_patch_merge_type": "flat", **raw}, mm_projector_type="mlp2x_gelu", mm_vision_select_feature="patch",
+              mm_use_im_start_end=False, mm_use_im_patch_token=False, mm_resampler_type=None,
+              mm_patch_merge_type="spatial_unpad" if aspect == "anyres" else "flat")
         if aspect not in ("pad", "anyres"):
             raise ValueError(f"config.json sets image_aspect_ratio={aspect!r}; pad and anyres are implemented")
         return cls(decoder_file(raw).Config.from_json(raw), clip_vit.Config.from_json(tower), aspect,
@@ -84,8 +84,8 @@ class Config:
 
     @classmethod
     def from_hf(cls, raw):
-        check(raw, vision_feature_select_strategy="default", projector_hidden_act="gelu",
-              multimodal_projector_bias=True, use_image_newline_parameter=True)
+        check(raw, vision_feature_select_strategy="default", projector_hidden_act="gelu", quantization_config=None,
+              multimodal_projector_bias=True, use_image_newline_parameter=True, tie_word_embeddings=False)
         kind, layer = raw.get("model_type"), raw.get("vision_feature_layer", -2)
         if kind not in ("llava", "llava_next") or not isinstance(layer, int):
             raise ValueError(f"config.json sets model_type={kind!r}, vision_feature_layer={layer!r}; "
@@ -99,6 +99,21 @@ class Config:
         pinpoints = raw.get("image_grid_pinpoints") or [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
         return cls(decoder_file(text).Config.from_json(text), clip_vit.Config.from_json(tower),
                    "anyres" if kind == "llava_next" else "pad", tuple(map(tuple, pinpoints)), layer)
+
+
+def validate(c):
+    """ValueError names a size that no model can have."""
+    parts = [c.text] + [c.vision] * bool(c.vision)
+    bad = {k: v for part in parts for k, v in vars(part).items() if isinstance(v, bool) or not v > 0}
+    if bad or any(part.width % part.heads for part in parts) or c.text.width // c.text.heads % 2:
+        raise ValueError(f"its sizes do not make a model: {bad or parts}")
+    if c.vision and (type(c.layer) is not int or not -c.vision.layers - 1 <= c.layer <= c.vision.layers):
+        raise ValueError(f"vision layer {c.layer!r} is not one of the tower's {c.vision.layers}")
+    if c.vision and c.vision.image % c.vision.patch:
+        raise ValueError(f"a view of {c.vision.image} px is not made of patches of {c.vision.patch}")
+    if c.aspect == "anyres" and not (c.pinpoints and all(
+            len(p) == 2 and all(type(v) is int and v > 0 and v % c.vision.image == 0 for v in p) for p in c.pinpoints)):
+        raise ValueError(f"image_grid_pinpoints {c.pinpoints} are not multiples of the view's {c.vision.image} px")
 
 
 def decoder_file(raw):
@@ -124,7 +139,13 @@ def open_image(file):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(file) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):                   # 16-bit grey: convert() would clip it to white
+                    import numpy as np
+                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+                if image.mode in ("I", "F"):
+                    raise ValueError(f"its pixels are of Pillow's mode {image.mode!r}; save it with 8 bits a channel")
+                return image.convert("RGB")
         except FileNotFoundError:
             raise ValueError(f"{file}: no such picture") from None
         except UnidentifiedImageError:
@@ -251,7 +272,7 @@ def patches_in_boxes(size, boxes, c):
     mask = Image.new("L", size)
     draw = ImageDraw.Draw(mask)
     for x, y, w, h in boxes:
-        draw.rectangle((x, y, x + w, y + h), fill=255)
+        draw.rectangle((max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])), fill=255)
     full = np.stack([np.asarray(view) == 255 for view in views(mask, c, fill=int(255 * clip_vit.MEAN[0]))])  # (N, I, I)
     p, step = c.vision.side, c.vision.patch
     inside = torch.from_numpy(full.reshape(-1, p, step, p, step).any((2, 4)))  # (N, p, p)
@@ -520,6 +541,7 @@ class LLaVA(nn.Module):
         """
         if not question.strip():
             raise ValueError("the question is empty")
+        question.encode()                                           # ValueError: a shell's bytes that are no text
         if "<image>" in question:
             raise ValueError("the question holds <image>, which stands for the picture; leave it out")
         if (image is None) == bool(self.config.vision):
@@ -536,6 +558,9 @@ class LLaVA(nn.Module):
         p = Prompt(text, question, ids, ["" if i == IMAGE else self.tokenizer.id_to_token(i) for i in ids], spans)
         if image is not None:
             self.place_image(p, image, boxes)
+        if max(ids) >= self.config.text.vocab:
+            raise ValueError(f"the tokenizer gives id {max(ids)}, the model knows {self.config.text.vocab}: "
+                             "they are not of one model")
         if len(p) > self.config.text.positions:
             raise ValueError(f"the prompt has {len(p)} tokens, the model takes {self.config.text.positions}")
 
@@ -563,7 +588,7 @@ class LLaVA(nn.Module):
         p.put("options", *(option[w] for w in options) if options else ["the question has no options"])
         p.put("objects", *(word[w] for w in objects) if objects else ["no object is named for this question"])
         for part in ("options", "objects"):
-            rest = set(p.groups["question"]) - set(p.groups.get(part, ()))
+            rest = set(p.groups.get("question", ())) - set(p.groups.get(part, ()))
             p.put(f"question_wo_{part}", p.absent.get(part) or rest)
 
     def place_image(self, p, image, boxes):
@@ -634,9 +659,15 @@ class LLaVA(nn.Module):
 
     @torch.inference_mode()
     def decode(self, logits, caches, max_new_tokens):
-        """Greedy decoding after `prefill`, which it continues in place -> list of ids, without the end token."""
-        ids = []
-        while len(ids) < max_new_tokens:
+        """Greedy decoding after `prefill`, which it continues in place -> list of ids, without the end token.
+
+        FloatingPointError: the logits are not numbers.
+        """
+        ids, room = [], self.config.text.positions - caches[0][0].shape[2]
+        while len(ids) < min(max_new_tokens, room):
+            if not logits.isfinite().all():
+                raise FloatingPointError("non-finite logits: the weights are broken or --dtype is too narrow for them; "
+                                         "try --dtype bfloat16 or float32")
             best = logits.argmax(-1).item()
             if best in self.stop:
                 break
@@ -656,8 +687,8 @@ class LLaVA(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- finding the files
 
-WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "open_clip_model.safetensors",
-           "pytorch_model.bin.index.json", "pytorch_model.bin")
+WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # not timm's, which lie beside
 
 
 @dataclass
@@ -691,7 +722,8 @@ def pick(get, kind):
         first("generation", "generation_config.json", need=False)
     else:
         first("config", "open_clip_config.json", "config.json")
-    index = next((path for name in WEIGHTS if (path := get(name))), None)
+    open_clip = found["config"] and found["config"].name == "open_clip_config.json"
+    index = next((path for name in (OPEN_CLIP_WEIGHTS if open_clip else WEIGHTS) if (path := get(name))), None)
     if kind == "tower config":
         found["weights"] = []
     elif index is None:
@@ -744,7 +776,8 @@ def find(name, kind="model", revision=None):
             raise lacking("HF_HUB_OFFLINE is set")
         try:                                                        # one request tells what the repository holds
             listed = {f.rfilename for f in HfApi().model_info(repo, revision=revision, timeout=15).siblings}
-            index = next((w for w in WEIGHTS if w in listed and kind != "tower config"), None)
+            names = OPEN_CLIP_WEIGHTS if kind == "tower" and "open_clip_config.json" in listed else WEIGHTS
+            index = next((w for w in names if w in listed and kind != "tower config"), None)
             wanted = {"config.json", "open_clip_config.json", index} & listed
             if kind == "model":
                 text = "tokenizer.json" if "tokenizer.json" in listed else "tokenizer.model"
@@ -847,6 +880,9 @@ RENAME = [(r"^(model\.)?(vision_tower\.)+(vision_model\.)?", "vision_tower."),
           (r"^(model\.)?(language_model\.)?(model\.)?(embed_tokens|layers|norm)\.", r"decoder.\4.")]
 
 
+SKIP = r"rotary_emb\.inv_freq$|^(model\.)?vision_tower\..*(post_layernorm\.(weight|bias)|position_ids)$"  # not used
+
+
 def rename(name):
     for pattern, ours in RENAME:
         new, hits = re.subn(pattern, ours, name)
@@ -869,10 +905,13 @@ def load(name, *, dtype="auto", device="auto", revision=None, vision_tower=None,
     try:
         config = replace(Config.from_json(raw, read_json(files.tower.config) if files.tower else None),
                          preprocess=preprocess)
-        with torch.device("meta"):                                  # no memory until the shapes are known
-            model = LLaVA(config).to(dtype)
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{files.config}: cannot be read as a model's config ({type(e).__name__}: {e})") from e
+        validate(config)
+    except ValueError as e:
+        raise ValueError(f"{files.config}: {e}") from e
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
+        raise ValueError(f"{files.config} cannot be read as a model's config ({type(e).__name__}: {e})") from e
+    with torch.device("meta"):                                      # no memory until the shapes are known
+        model = LLaVA(config).to(dtype)
     if config.vision and config.aspect == "pad":
         model.vision_tower.float()
     model = model.to_empty(device=device).eval().requires_grad_(False)
@@ -883,10 +922,12 @@ def load(name, *, dtype="auto", device="auto", revision=None, vision_tower=None,
              for n, t in clip_vit.split_qkv(vicuna.read(files.tower.weights if files.tower else []))
              if not re.search(clip_vit.SKIP, n))
     try:
-        vicuna.load_into(model, chain(cut, tower), rename, rf"{clip_vit.SKIP}|rotary_emb\.inv_freq$")
+        vicuna.load_into(model, chain(cut, tower), rename, SKIP)
     except ValueError as e:
         raise ValueError(f"{files.name}: {e}") from e
     model.source, model.tokenizer = files, model.decoder_file.load_tokenizer(files.tokenizer.parent)
+    if model.tokenizer.token_to_id(model.decoder_file.BOS) is None:
+        raise ValueError(f"{files.tokenizer} has no {model.decoder_file.BOS}: it is not this model's tokenizer")
     model.tokenizer.no_truncation()
     model.tokenizer.no_padding()
     ends = [raw.get("eos_token_id"), (read_json(files.generation) if files.generation else {}).get("eos_token_id"),
@@ -953,21 +994,24 @@ def main():
     parser.add_argument("--tokens", metavar="N", type=int, default=16, help="longest answer (16)")
     parser.add_argument("--long", action="store_true",
                         help="ask the question alone, without the paper's request for one word")
-    parser.error = lambda message: sys.exit(fail(f"{message} (--help shows the flags)"))
+    parser.error = lambda message: fail(f"{message[:300]} (--help shows the flags)")
     args = parser.parse_args()
+    if args.tokens < 1:
+        fail("--tokens takes a number from 1")
     image = open_image(args.image) if args.image else None
     model = load_files(resolve(args.model, args.revision, args.vision_tower), args)
     print(model.generate(model.prompt(args.question, image, brief=not args.long), args.tokens))
 
 
 def fail(message):
-    """One line on stderr; returns the exit code for bad input."""
+    """One line on stderr and exit code 2: what a user can cause."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                        # "?" for a letter that the terminal lacks
     try:
         main()
-    except (ValueError, OSError) as e:
-        sys.exit(fail(e))
+    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as e:
+        fail(e)

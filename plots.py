@@ -41,7 +41,7 @@ def figure(panels, title, x_label, y_label):
             axes[i].set_xlabel(x_label, fontsize=9)
         if i % columns == 0:
             axes[i].set_ylabel(y_label, fontsize=9)
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title, fontsize=10, parse_math=False)              # a question may hold a dollar sign
     return fig, axes[:panels]
 
 
@@ -57,8 +57,8 @@ def read(file, needed):
     try:
         with open(file, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
-    except OSError as e:
-        raise ValueError(f"{file}: {e.strerror}") from e
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{file} is not a run's CSV ({getattr(e, 'strerror', None) or e})") from e
     missing = [c for c in needed if not rows or c not in rows[0]]
     if missing:
         raise ValueError(f"{file} has no rows" if not rows else f"{file} has no column {', '.join(missing)}")
@@ -76,9 +76,14 @@ def knockout(file, picture):
     """knockout.csv -> a picture: a panel per task, a curve per edge, mean over questions with its 95 % interval."""
     rows = read(file, ("task", "edge", "window", "layer", "change_percent", "question_id"))
     curves = defaultdict(lambda: defaultdict(dict))                 # task -> edge -> question -> {layer: change}
-    for row in rows:
-        question = curves[row["task"]][row["edge"]].setdefault(row["question_id"], {})
-        question[int(row["layer"])] = float(row["change_percent"])
+    for line, row in enumerate(rows, 2):
+        question = curves[row["task"]][row["edge"]].setdefault((row["question_id"], row["window"]), {})
+        try:
+            question[int(row["layer"])] = float(row["change_percent"])
+        except (TypeError, ValueError):
+            raise ValueError(f"{file}, row {line}: layer or change_percent is not a number") from None
+    if len({tuple(q) for by_edge in curves.values() for questions in by_edge.values() for q in questions.values()}) > 1:
+        raise ValueError(f"{file} does not have the same layers for every question and edge")
     edges = list(dict.fromkeys(row["edge"] for row in rows))
     window = ", ".join(dict.fromkeys(row["window"] for row in rows))
     fig, axes = figure(len(curves), f"Attention knockout, window {window}", "layer at the centre of the window",
@@ -99,8 +104,10 @@ def knockout(file, picture):
         n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
         ax.set_title(f"{task} (n = {n})", fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 3), fontsize=8,
+    legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 3), fontsize=8,
                frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     save(fig, picture)
 
 
@@ -143,6 +150,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError) as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

@@ -32,8 +32,11 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "p
 class Run:
     """One run's files. ValueError: the directory holds a run with other settings, or files that are not a run's."""
 
-    def __init__(self, out, name, columns, settings):
-        """out: directory, made if absent. name: "x.csv". columns: header. settings: what the numbers depend on."""
+    def __init__(self, out, name, columns, settings, **about):
+        """out: directory, made if absent. name: "x.csv". columns: header. settings: what the numbers depend on.
+
+        about: what run.json should say besides; a run may go on under another.
+        """
         self.out, self.csv = Path(out), Path(out) / name
         self.journal, self.info = self.csv.with_suffix(".progress"), self.out / "run.json"
         self.columns, self.settings = list(columns), json.loads(json.dumps(settings))
@@ -43,15 +46,15 @@ class Run:
         self.rows = open(self.csv, "r+b" if self.csv.exists() else "w+b")          # noqa: SIM115, closed by close
         lock(self.rows)
         end = self.read_journal()
-        if clash and self.done:
+        if clash and self.rows_written():
             raise ValueError(clash)
-        if not self.done:                                           # nothing to lose: start afresh
-            calls, end = [], 0
+        if clash or not self.done:                                  # nothing to lose: start afresh
+            self.done, calls, end = {}, [], 0
         self.rows.truncate(end)
         self.rows.seek(end)
         self.log = open(self.journal, "w" if end == 0 else "a", encoding="utf-8")  # noqa: SIM115
-        self.record = {"settings": self.settings, "calls": [*calls, {"command": sys.argv, "started": now()}],
-                       "versions": versions(), "machine": machine(), "questions": len(self.done)}
+        call = {"command": sys.argv, "started": now(), "versions": versions(), "machine": machine()}
+        self.record = {**about, "settings": self.settings, "calls": [*calls, call], "questions": len(self.done)}
         write_json(self.info, self.record)
         if end == 0:
             self.append([self.columns])
@@ -65,8 +68,8 @@ class Run:
             return [], None
         try:
             old = json.loads(self.info.read_text(encoding="utf-8"))
-            theirs, calls = old["settings"], old["calls"]
-        except (ValueError, KeyError) as e:
+            theirs, calls = dict(old["settings"]), list(old["calls"])
+        except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{self.info} is not a run's record ({type(e).__name__}: {e}); use another --out") from e
         clash = next((f"{self.out} holds a run with {key} = {show(theirs.get(key))}, this one has "
                       f"{show(self.settings.get(key))}; use another --out, or delete that one"
@@ -80,20 +83,29 @@ class Run:
             if size:
                 raise ValueError(f"{self.journal} is gone, without which {self.csv} cannot go on; use another --out")
             return 0
-        text = self.journal.read_text(encoding="utf-8")
-        whole = text[:text.rfind("\n") + 1]                         # a line without its end was cut off by a crash
-        lines = []
-        for line in whole.splitlines():
-            note = json.loads(line)
-            if note["end"] > size:                                  # the CSV was cut by someone: believe the CSV
-                break
-            end = note["end"]
+        text, lines = self.journal.read_text(encoding="utf-8", errors="replace"), []
+        for line in text.splitlines():
+            try:
+                note = json.loads(line)
+                if note["end"] > size:                              # the CSV was cut by someone: believe the CSV
+                    break
+                end = note["end"]
+            except (ValueError, KeyError, TypeError) as e:
+                if line == text.splitlines()[-1] and lines:         # cut off by a crash
+                    break
+                raise ValueError(f"{self.journal} is damaged: {self.csv} cannot go on; use another --out") from e
             lines.append(line + "\n")
             if "key" in note:
                 self.done[note["key"]] = note
+        if size > len(",".join(self.columns)) + 1 and not lines:
+            raise ValueError(f"{self.journal} is empty, without which {self.csv} cannot go on; use another --out")
         if "".join(lines) != text:
             replace_text(self.journal, "".join(lines))
         return end
+
+    def rows_written(self):
+        """How many rows the finished questions have in the CSV."""
+        return sum(note.get("rows", 0) for note in self.done.values())
 
     def todo(self, items, key):
         """Yield the items that are not finished, under a progress bar that counts all of them."""
@@ -126,6 +138,7 @@ class Run:
     def note(self, line):
         self.log.write(json.dumps(line) + "\n")                     # after the rows: without it they do not count
         self.log.flush()
+        os.fsync(self.log.fileno())
 
     def close(self):
         """Let go of the files; what is written stays, and a later run may go on."""
@@ -219,7 +232,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        print(f"error: {message} (--help shows the flags)", file=sys.stderr)
+        print(f"error: {' '.join(message.split())} (--help shows the flags)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -235,19 +248,22 @@ def cli(main):
 
     LLAVA_FLOW_TRACEBACK=1 in the environment shows where an error came from instead.
     """
+    sys.stdout.reconfigure(errors="replace")                        # "?" for a letter that the terminal lacks
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where this one was", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        import torch
-        user = isinstance(e, (ValueError, OSError, MemoryError, torch.OutOfMemoryError))
-        if not user or os.environ.get("LLAVA_FLOW_TRACEBACK"):
+    except BrokenPipeError:                                         # `| head` has seen enough; results are on disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
+        full = isinstance(e, MemoryError) or "out of memory" in str(e) or "can't allocate memory" in str(e)
+        if type(e) is RuntimeError and not full or os.environ.get("LLAVA_FLOW_TRACEBACK"):
             raise
         if isinstance(e, OSError) and e.strerror:
             text = f"{e.filename or 'a file'}: {e.strerror}"
-        elif isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        elif full:
             text = f"out of memory ({e}); try --dtype bfloat16, a smaller model, or --device cpu"
         else:
             text = str(e)

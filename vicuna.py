@@ -254,6 +254,8 @@ def load_into(model, pairs, rename=lambda name: name, skip=r"rotary_emb\.inv_fre
         slot = want.pop(rename(name), None)
         if slot is None:
             extra.append(name)
+        elif tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{name} is {tensor.dtype}: quantized weights are not implemented here")
         elif slot.shape != tensor.shape:
             raise ValueError(f"{name}: the checkpoint has {tuple(tensor.shape)}, the config wants {tuple(slot.shape)}")
         else:
@@ -264,11 +266,11 @@ def load_into(model, pairs, rename=lambda name: name, skip=r"rotary_emb\.inv_fre
 
 
 def load(folder, dtype=torch.float32, device="cpu"):
-    """A folder with config.json and *.safetensors (or *.bin) -> Decoder in eval mode."""
+    """A folder with config.json and model*.safetensors (or pytorch_model*.bin) -> Decoder in eval mode."""
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise FileNotFoundError(f"{folder}: no *.safetensors and no *.bin")
+        raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")
     with torch.device("meta"):                                      # no memory until the shapes are known
         model = Decoder(Config.from_json(json.loads((folder / "config.json").read_text()))).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
@@ -358,6 +360,7 @@ def from_sentencepiece(data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     parser.add_argument("--weights", metavar="DIR", required=True,
                         help="folder with config.json, weights and a tokenizer")
     parser.add_argument("--prompt", metavar="TEXT", required=True)
@@ -377,9 +380,14 @@ def main():
     print(tokenizer.decode(ids))
 
 
+def fail(message):
+    """One line on stderr and exit code 2: what a user can cause."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(e)

@@ -121,7 +121,8 @@ def test_run_json_names_model_weights_and_settings(call, data, checkpoint, tmp_p
     folder, out = checkpoint("llava-1.5"), tmp_path / "out"
     assert call(knockout.main, "--model", folder, *data, "--all", "--edge", "image->last", "--out", out)[0] == 0
     record = json.loads((out / "run.json").read_text())
-    assert record["settings"]["model"] == str(folder) and record["settings"]["edges"] == ["image->last"]
+    assert record["model"] == record["origin"] == str(folder) and record["seed"] == 0
+    assert record["settings"]["edges"] == ["image->last"] and len(record["settings"]["config"]) == 4
     assert record["settings"]["weights"] == llava_min.weights_hash(llava_min.resolve(str(folder)))
     assert record["settings"]["dtype"] == ("bfloat16" if record["settings"]["device"] == "cpu" else "float16")
     assert record["calls"][0]["command"][0] == "knockout.py" and record["questions"] == 3
@@ -157,6 +158,45 @@ def test_another_runs_directory_is_refused_by_the_setting_that_differs(call, dat
     refused(call(knockout.main, *argv, "--window", 3), "window = 9, this one has 3", tmp_path / "out")
     refused(call(knockout.main, *argv, "--edge", "last->last"), "edges")
     assert (tmp_path / "out" / "knockout.csv").read_bytes() == before
+
+
+def test_a_run_does_not_go_on_with_other_pictures_or_another_config(call, photo, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llava-1.5", "hf"), folder)
+    argv = ("--model", folder, "--image", photo, "--question", "Is it red?", "--edge", "image->last", "--out",
+            tmp_path / "out")
+    assert call(knockout.main, *argv)[0] == 0
+    shutil.move(folder, tmp_path / "moved")                         # elsewhere it is the same model, and the same photo
+    shutil.copy(photo, tmp_path / "copy.png")
+    assert call(knockout.main, "--model", tmp_path / "moved", "--image", tmp_path / "copy.png", *argv[4:])[0] == 0
+    shutil.move(tmp_path / "moved", folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["rope_theta"] = 20000.0
+    (folder / "config.json").write_text(json.dumps(raw))
+    refused(call(knockout.main, *argv), "config")
+    world.picture(60, 90).resize((90, 60)).save(photo)
+    refused(call(knockout.main, *argv), tmp_path / "out")
+
+
+def test_a_run_without_rows_makes_way_for_one_with_all(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--edge", "image->last", "--out", tmp_path / "out")
+    refused_code, _, err = call(knockout.main, *argv)
+    assert refused_code == 2 and "--all" in err
+    assert call(knockout.main, *argv, "--all")[0] == 0 and len(read(tmp_path / "out" / "knockout.csv")) > 0
+
+
+def test_a_question_with_a_dollar_sign_is_drawn(call, photo, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it $5 or x_{ $6 now?", "--out",
+            tmp_path / "out")
+    assert call(knockout.main, *argv, "--edge", "text:$5 or x_{ $6->last")[0] == 0
+    assert call(knockout.main, *argv, "--groups")[0] == 0
+
+
+def test_every_edge_is_looked_up_before_the_first_is_measured(call, photo, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(knockout, "curve", None)
+    argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it red?", "--out", tmp_path / "out")
+    refused(call(knockout.main, *argv, "--edge", "image->last", "true_option->last"), "true_option")
+    refused(call(knockout.main, *argv, "--edge", "image->last", "system->system"), "system->system", "position(s) [0")
 
 
 def test_only_right_answers_count_unless_all_is_given(call, data, checkpoint, model, tmp_path):
@@ -263,7 +303,6 @@ def test_a_group_this_single_question_does_not_have_is_an_error(call, photo, che
     argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it red?", "--out", tmp_path / "out")
     refused(call(knockout.main, *argv, "--edge", "true_option->last"), "true_option", "no options")
     refused(call(knockout.main, *argv, "--edge", "text:green->last"), "text:green", "Is it red?")
-    refused(call(knockout.main, *argv, "--edge", "system->system"), "position(s) [0")
     refused(call(knockout.main, *argv, "--edge", "image->last", "--box", "80,2,30,3"), "--box 80,2,30,3")
 
 
@@ -367,7 +406,7 @@ def test_probabilities_that_are_not_numbers_stop_the_run(call, checkpoint, tmp_p
     resave(tmp_path / "model", lambda t: t["lm_head.weight"].fill_(float("inf")))
     (tmp_path / "x_Cap.csv").write_text(HEADER + ",captions\n" + ROWS[0] + ",a red cup.\n")
     refused(call(knockout.main, "--model", tmp_path / "model", "--data", tmp_path / "x_Cap.csv", "--all", "--edge",
-                 "captions->last", "--out", tmp_path / "out"), "non-finite probability", "--dtype")
+                 "captions->last", "--skip-bad", "--out", tmp_path / "out"), "non-finite", "--dtype")
 
 
 def test_a_directory_that_cannot_be_written_is_named(call, data, checkpoint, tmp_path):

@@ -91,7 +91,7 @@ def test_percent_is_the_relative_change():
 
 def test_a_probability_that_is_not_a_number_is_refused():
     assert probability(torch.zeros(4), 1) == 0.25
-    with pytest.raises(ValueError, match="--dtype"):
+    with pytest.raises(FloatingPointError, match="--dtype"):
         probability(torch.tensor([0.0, math.nan]), 0)
 
 

@@ -63,7 +63,7 @@ def test_whatever_byte_a_crash_cuts_the_files_at_the_run_comes_out_the_same(tmp_
     """The CSV may hold more than the journal says (torn rows) or the journal a torn line: both are dropped."""
     expected = whole(tmp_path)
     journal = (tmp_path / "x.progress").read_bytes()
-    for cut in range(0, len(journal) + 1, 7):
+    for cut in range(journal.index(b"\n") + 1, len(journal) + 1, 7):
         (tmp_path / "x.progress").write_bytes(journal[:cut])
         (tmp_path / "x.csv").write_bytes(expected[:max(len(expected) - cut % 11, end_of(journal[:cut]))] + b"9,to")
         assert whole(tmp_path) == expected, cut
@@ -137,10 +137,17 @@ def test_files_that_are_no_runs_are_refused_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="run.json is not a run's record"):
         start(tmp_path)
     assert (tmp_path / "x.csv").read_text() == "mine\n"
-    whole(tmp_path / "b")
-    os.remove(tmp_path / "b" / "x.progress")
-    with pytest.raises(ValueError, match="is gone"):
-        start(tmp_path / "b")
+    before = whole(tmp_path / "b")
+    journal = tmp_path / "b" / "x.progress"
+    for text, words in ((b"", "is empty"), (b"[1]\n", "is damaged"), (b"\0\0\n{}\n", "is damaged"), (None, "is gone")):
+        journal.write_bytes(text) if text is not None else journal.unlink()
+        with pytest.raises(ValueError, match=words):
+            start(tmp_path / "b")
+        assert (tmp_path / "b" / "x.csv").read_bytes() == before
+    for text in ("[]", '{"settings": [], "calls": []}', '{"settings": 3, "calls": 4}'):
+        (tmp_path / "b" / "run.json").write_text(text)
+        with pytest.raises(ValueError):
+            start(tmp_path / "b")
 
 
 def test_run_json_says_where_the_numbers_come_from(tmp_path):
@@ -151,17 +158,19 @@ def test_run_json_says_where_the_numbers_come_from(tmp_path):
     assert [call["questions"] for call in record["calls"]] == [5, 0]
     assert all(call["command"] == sys.argv and call["seconds"] >= 0 for call in record["calls"])
     import torch
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] and record["versions"]["python"]
-    assert record["machine"]["cores"] >= 1
+    for call in record["calls"]:
+        assert call["versions"]["torch"] == torch.__version__.split("+")[0] and call["versions"]["python"]
+        assert call["machine"]["cores"] >= 1
 
 
 def test_each_question_is_synced_before_it_counts(tmp_path, monkeypatch):
     run, order = start(tmp_path), []
     honest = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), honest(fd)))
-    monkeypatch.setattr(run, "note", lambda line: order.append("note"))
+    noted = run.note
+    monkeypatch.setattr(run, "note", lambda line: (order.append("note"), noted(line)))
     run.write("a", [[1, "t", 0.5]] * 50)
-    assert order == ["sync", "note"]
+    assert order == ["sync", "note", "sync"]                        # the rows, then the line that makes them count
 
 
 def test_the_progress_bar_counts_what_was_done_before(tmp_path, capsys):

@@ -83,6 +83,15 @@ def test_llama2_ids_are_sentencepieces_own(tokenizers):
             assert tokenizer.decode(sp.encode(text)) == sp.decode(sp.encode(text))
 
 
+def test_sentencepiece_merges_go_by_score_wherever_a_piece_stands_in_the_file(tokenizers, tmp_path):
+    pieces = world.llama2_pieces()
+    moved = pieces[:259] + random.Random(3).sample(pieces[259:], len(pieces) - 259)
+    (tmp_path / "tokenizer.model").write_bytes(world.sentencepiece_model(moved))
+    shuffled = vicuna.load_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert shuffled.encode(text).tokens == tokenizers["llama2"]["model"].encode(text).tokens, repr(text)
+
+
 def test_llama3_ids_are_tiktokens_own(tokenizers):
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is not installed: golden ids only")
     ranks = {token: i for i, token in enumerate(world.llama3_ranks())}
@@ -91,6 +100,15 @@ def test_llama3_ids_are_tiktokens_own(tokenizers):
     for text in TEXTS + some_texts(1000, seed=1) + [world.TEXT, "<|eot_id|>x<|start_header_id|>user"]:
         for tokenizer in tokenizers["llama3"].values():
             assert tokenizer.encode(text).ids == [len(ranks), *theirs.encode(text, allowed_special="all")], repr(text)
+
+
+def test_a_word_that_is_a_llama3_token_is_that_token_even_where_merges_would_miss_it(tmp_path):
+    found = [bytes([b]) for b in range(256)] + [b"bc", b"ab", b"cd", b"abcd"]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(found)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    tokenizer = llama3.load_tokenizer(tmp_path)
+    assert tokenizer.encode("abcd").ids == [260, 259]               # as tiktoken: the whole word is looked up first
+    assert tokenizer.encode("xabcd").tokens[1:] == ["x", "a", "bc", "d"]  # else bc goes first, and no merge is left
 
 
 @every_family

@@ -2,6 +2,7 @@
 world.py - the tiny random world the tests live in: checkpoints, tokenizers and pictures, each made from a seed.
 
 Run     a test imports it:  folder = world.write(tmp_path, "llava-1.5", "hf", "sharded")
+        python tests/world.py FOLDER [KIND]     to try the commands without a download: writes a checkpoint in HF layout
 
 Every weight is a small whole number times a power of two, so float16, bfloat16 and float32 hold the same values, and
 RandomState.randint draws the same numbers everywhere. Norm weights are not 1 and biases not 0. The sizes are chosen so
@@ -13,6 +14,7 @@ import json
 import math
 import re
 import struct
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -514,3 +516,9 @@ def picture(width, height):
         (x0, x1), (y0, y1) = sorted(rng.randint(0, width, 2).tolist()), sorted(rng.randint(0, height, 2).tolist())
         shape((x0, y0, x1, y1), fill=colour())
     return image
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[-1] not in KINDS and len(sys.argv) > 2:
+        sys.exit(f"usage: python tests/world.py FOLDER [{' | '.join(KINDS)}]")
+    print(write(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "llava-1.6", layout="hf"))

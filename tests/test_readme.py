@@ -1,0 +1,26 @@
+"""python -m pytest tests/test_readme.py
+
+What README.md says of the files is so.
+"""
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_line_counts_in_the_table_are_within_a_tenth_and_no_file_is_left_out():
+    told = {name: int(lines) for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE)}
+    assert set(told) == {file.name for file in ROOT.glob("*.py")}
+    for name, lines in told.items():
+        assert abs(len((ROOT / name).read_text(encoding="utf-8").splitlines()) / lines - 1) < 0.1, name
+
+
+def test_every_flag_and_group_the_readme_names_exists():
+    code = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("*.py"))
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
+        assert f'"{flag}"' in code, flag
+    import llava_min
+    groups = README.split("**Token groups**")[1].split("- **Many")[0]
+    for name in re.findall(r"`([a-z_]+)`", groups):
+        assert name in llava_min.NAMES, name
