@@ -151,18 +151,18 @@ COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "
 
 
 def start(model, q, paper_spans):
-    """One question, ready to be cut: (prompt, embeddings, first answer token, its logits, greedy answer)."""
+    """One question, ready to be cut: (prompt, embeddings, logits of its first answer token, caches)."""
     p = q.prompt(model, paper_spans=paper_spans)
     x = model.embed(p)
-    logits, caches = model.prefill(x, to_mask(causal(len(p), device=x.device)))     # the kernel of the cut runs
-    return p, x, logits.argmax().item(), logits, model.words(model.decode(logits, caches, 16))
+    return p, x, *model.prefill(x, to_mask(causal(len(p), device=x.device)))        # the kernel of the cut runs
 
 
 def measure(model, q, args, strict):
     """Question -> (rows of knockout.csv, note for the run's summary). strict: a group that is empty is an error."""
     from eval_gqa import is_right
     from llava_min import EmptyGroup
-    p, x, token, logits, answer = start(model, q, args.paper_spans)
+    p, x, logits, caches = start(model, q, args.paper_spans)
+    token, answer = logits.argmax().item(), model.words(model.decode(logits, caches, 16))
     right = is_right(answer, q.answer)
     if not (right or args.all or strict):
         return [], {"right": False}
@@ -226,9 +226,8 @@ def main():
         run.write(q.key, rows, **note)
     run.finish()
     picture = run.csv.with_suffix(".png")
-    if run.rows_written():
-        plots.knockout(run.csv, picture)
-    report(run, bad, args, known=any(q.answer for q in questions))
+    drawn = plots.knockout(run.csv, picture) if run.rows_written() else {}
+    report(run, bad, drawn, args, known=any(q.answer for q in questions))
     print(f"wrote {run.csv}, {picture} and {run.info}")
 
 
@@ -284,7 +283,8 @@ def show_selfcheck(model, questions, args):
     from llava_min import EmptyGroup
     failed = checked = 0
     for q in questions:
-        p, x, token, *_ = start(model, q, args.paper_spans)
+        p, x, logits, _ = start(model, q, args.paper_spans)
+        token = logits.argmax().item()
         for edge in args.edges:
             try:
                 results = selfcheck(model.decoder, x, *map(p.positions, edge), token, args.window, args.seed)
@@ -302,11 +302,13 @@ def show_selfcheck(model, questions, args):
     sys.exit(1 if failed else 0)
 
 
-def report(run, bad, args, known):
-    """What the run counted, found and left out, on stdout. known: answers are. ValueError: nothing was measured."""
-    import csv
+def report(run, bad, drawn, args, known):
+    """What the run counted, found and left out, on stdout. drawn: what plots.knockout returned. known: answers are.
+
+    ValueError: nothing was measured.
+    """
     import re
-    from collections import Counter, defaultdict
+    from collections import Counter
     notes = list(run.done.values())
     right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
     print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
@@ -316,18 +318,14 @@ def report(run, bad, args, known):
                       for note in notes for edge, why in note.get("skipped", {}).items())
     for (edge, why), n in sorted(skipped.items()):
         print(f"{edge}: no row for {n} question{'s' * (n > 1)} ({why})")
-    changes = defaultdict(lambda: defaultdict(list))                # (task, edge) -> layer -> change_percent
-    with open(run.csv, newline="", encoding="utf-8") as f:
-        for row in csv.DictReader(f):
-            changes[row["task"], row["edge"]][int(row["layer"])].append(float(row["change_percent"]))
-    if not changes:
+    if not drawn:
         wrong = known and not args.all and not any(note["right"] for note in notes)
         raise ValueError("no row was measured: " + (
             "no question was answered right; --all counts the others, too" if wrong else
             "no question has the groups, or none could be used"))
-    for (task, edge), layers in changes.items():
-        change, layer = max(((sum(c) / len(c), l) for l, c in layers.items()), key=lambda pair: abs(pair[0]))
-        print(f"{task}, {edge}: largest mean change {change:+.1f} %, around layer {layer} (n = {len(layers[layer])})")
+    for (task, edge), (layers, mean, n) in drawn.items():
+        change, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
+        print(f"{task}, {edge}: largest mean change {change:+.1f} %, around layer {layer} (n = {n})")
 
 
 if __name__ == "__main__":

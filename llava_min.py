@@ -495,15 +495,16 @@ def tokenize(tokenizer, text, bos):
     its own leading space, and a Llama-3 tokenizer that adds BOS gives two (the template holds one), while one that
     does not loses the newline after the picture.
     """
-    pieces = [tokenizer.encode(piece) for piece in text.split("<image>")]
-    drop = int(pieces[0].ids[:1] == [bos])
+    pieces = text.split("<image>")
+    encoded = [tokenizer.encode(piece) for piece in pieces]
+    drop = int(encoded[0].ids[:1] == [bos])
     ids, spans, at = [bos] * drop, [None] * drop, 0
-    for i, (piece, chars) in enumerate(zip(pieces, text.split("<image>"), strict=True)):
+    for i, (piece, e) in enumerate(zip(pieces, encoded, strict=True)):
         if i:
             ids, spans, at = ids + [IMAGE], spans + [None], at + len("<image>")
-        ids += piece.ids[drop:]
-        spans += [(a + at, b + at) for a, b in piece.offsets[drop:]]
-        at += len(chars)
+        ids += e.ids[drop:]
+        spans += [(a + at, b + at) for a, b in e.offsets[drop:]]
+        at += len(piece)
     return ids, spans
 
 
@@ -515,7 +516,7 @@ class LLaVA(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        self.decoder = (vicuna if isinstance(c.text, vicuna.Config) else llama3).Decoder(c.text)
+        self.decoder = self.decoder_file.Decoder(c.text)
         if c.vision:
             self.vision_tower = clip_vit.CLIP(c.vision)
             self.mm_projector = nn.Sequential(nn.Linear(c.vision.width, c.text.width), nn.GELU(),
@@ -733,8 +734,8 @@ def pick(get, kind):
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{index} is not an index of shards ({e})") from e
-        missing += [shard for shard in shards if not get(shard)]
         found["weights"] = [get(shard) for shard in shards]
+        missing += [shard for shard, path in zip(shards, found["weights"], strict=True) if not path]
     else:
         found["weights"] = [index]
     return found, missing
@@ -776,16 +777,15 @@ def find(name, kind="model", revision=None):
             raise lacking("HF_HUB_OFFLINE is set")
         try:                                                        # one request tells what the repository holds
             listed = {f.rfilename for f in HfApi().model_info(repo, revision=revision, timeout=15).siblings}
-            names = OPEN_CLIP_WEIGHTS if kind == "tower" and "open_clip_config.json" in listed else WEIGHTS
-            index = next((w for w in names if w in listed and kind != "tower config"), None)
-            wanted = {"config.json", "open_clip_config.json", index} & listed
-            if kind == "model":
-                text = "tokenizer.json" if "tokenizer.json" in listed else "tokenizer.model"
-                wanted |= {"generation_config.json", text} & listed
-            if index and index.endswith(".json"):
-                table = Path(hf_hub_download(repo, index, revision=revision)).read_text()
-                wanted |= set(json.loads(table)["weight_map"].values())
-            snapshot_download(repo, revision=revision, allow_patterns=sorted(wanted))
+
+            def offered(file):                                      # an index is fetched: it names the shards
+                if file.endswith(".index.json") and file in listed:
+                    return Path(hf_hub_download(repo, file, revision=revision))
+                return Path(file) if file in listed else None
+
+            chosen = pick(offered, kind)[0]
+            wanted = [chosen["config"], chosen.get("tokenizer"), chosen.get("generation"), *chosen.get("weights", ())]
+            snapshot_download(repo, revision=revision, allow_patterns=[str(file) for file in wanted if file])
         except GatedRepoError:
             raise ValueError(f"{repo} is gated: accept its licence on its hub page, then set HF_TOKEN") from None
         except RevisionNotFoundError:
@@ -807,17 +807,15 @@ def tensor_names(files):
     """Names of all tensors in .safetensors or .bin files, from their headers."""
     from safetensors import safe_open
     for file in files:
-        if file.suffix == ".safetensors":
-            try:
+        try:
+            if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as f:
-                    yield from f.keys()
-            except Exception as e:
-                raise ValueError(f"{file} is damaged ({e}); fetch it again") from e
-        else:
-            try:
-                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as e:
-                raise ValueError(f"{file} is damaged ({e}); fetch it again") from e
+                    names = list(f.keys())
+            else:
+                names = list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        except Exception as e:                                      # each format has its own error classes
+            raise ValueError(f"{file} is damaged ({e}); fetch it again") from e
+        yield from names
 
 
 def resolve(name, revision=None, vision_tower=None):
@@ -994,19 +992,13 @@ def main():
     parser.add_argument("--tokens", metavar="N", type=int, default=16, help="longest answer (16)")
     parser.add_argument("--long", action="store_true",
                         help="ask the question alone, without the paper's request for one word")
-    parser.error = lambda message: fail(f"{message[:300]} (--help shows the flags)")
+    parser.error = lambda message: vicuna.fail(f"{message[:300]} (--help shows the flags)")
     args = parser.parse_args()
     if args.tokens < 1:
-        fail("--tokens takes a number from 1")
+        raise ValueError("--tokens takes a number from 1")
     image = open_image(args.image) if args.image else None
     model = load_files(resolve(args.model, args.revision, args.vision_tower), args)
     print(model.generate(model.prompt(args.question, image, brief=not args.long), args.tokens))
-
-
-def fail(message):
-    """One line on stderr and exit code 2: what a user can cause."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":
@@ -1014,4 +1006,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as e:
-        fail(e)
+        vicuna.fail(e)

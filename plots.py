@@ -73,7 +73,10 @@ def save(fig, file):
 
 
 def knockout(file, picture):
-    """knockout.csv -> a picture: a panel per task, a curve per edge, mean over questions with its 95 % interval."""
+    """knockout.csv -> a picture: a panel per task, a curve per edge, mean over questions with its 95 % interval.
+
+    -> what was drawn: {(task, edge): (layers, mean changes in percent, number of questions)}
+    """
     rows = read(file, ("task", "edge", "window", "layer", "change_percent", "question_id"))
     curves = defaultdict(lambda: defaultdict(dict))                 # task -> edge -> question -> {layer: change}
     for line, row in enumerate(rows, 2):
@@ -88,7 +91,7 @@ def knockout(file, picture):
     window = ", ".join(dict.fromkeys(row["window"] for row in rows))
     fig, axes = figure(len(curves), f"Attention knockout, window {window}", "layer at the centre of the window",
                        "change of P(answer), %")
-    lines = {}
+    lines, drawn = {}, {}
     for ax, (task, by_edge) in zip(axes, curves.items(), strict=True):
         counts = []
         for edge, questions in by_edge.items():
@@ -100,15 +103,17 @@ def knockout(file, picture):
             lines[edge], = ax.plot(layers, mean, style, color=colour, linewidth=1.6, marker="o", markersize=2.5)
             ax.fill_between(layers, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
             counts.append(len(values))
+            drawn[task, edge] = layers, mean.tolist(), len(values)
         ax.axhline(0, color="#666666", linewidth=0.8, zorder=0)
         n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
         ax.set_title(f"{task} (n = {n})", fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 3), fontsize=8,
-               frameon=False)
+    legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 3),
+                        fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
     save(fig, picture)
+    return drawn
 
 
 def groups(image, prompt, boxes, annotated, picture):

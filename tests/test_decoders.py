@@ -349,7 +349,7 @@ def test_what_both_decoders_define_is_one_text(name):
     assert definitions("vicuna.py")[name] == definitions("llama3.py")[name]
 
 
-@pytest.mark.parametrize("name", ["read", "load_into"])
+@pytest.mark.parametrize("name", ["read", "load_into", "fail"])
 def test_what_all_three_leaves_define_is_one_text(name):
     assert definitions("vicuna.py")[name] == definitions("llama3.py")[name] == definitions("clip_vit.py")[name]
 
