@@ -1,17 +1,20 @@
 """
 eval_gqa.py - questions: every dataset becomes one kind of record, `Question`, and one rule says if an answer is right.
 
-Needs   pillow for the built-in drawing; llava_min beside it for opening pictures.
+Needs   llava_min beside it for opening pictures.
 Use     questions = read_csv("GQA_val_..._ChooseAttr.csv", images="photos")
-Reads   the paper's six CSV files (FightingFighting/cross-modal-information-flow-in-MLLM, Table 1), an own picture and
-        question from the command line, or a drawing that is built in.
+        questions = read_gqa("val_balanced_questions.json", images="images", scene_graphs="val_sceneGraphs.json")
+Reads   the paper's six CSV files (FightingFighting/cross-modal-information-flow-in-MLLM, Table 1), GQA's questions and
+        scene graphs with Visual Genome's regions, an own picture and question from the command line.
 Paper   https://arxiv.org/abs/2411.18620, sections 3.3 and 4.1
 
 The GQA accuracy of Table 2 and the collection of Table 1 are not here yet.
 """
 import csv
+import json
 import math
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,15 +154,128 @@ def read_row(row, task, images, where):
                 raise ValueError(f"{where}: the box of {name} has a negative size")
             boxes.append(box)
     size = (number("image_w"), number("image_h")) if "image_w" in row else None
-    image = None
-    if images is not None:
-        name = text("img_id")
-        names = [name] if Path(name).suffix else [name + end for end in (".jpg", ".jpeg", ".png")]
-        image = next((Path(images) / n for n in names if (Path(images) / n).exists()), Path(images) / names[0])
-    return Question(id=text("question_id"), question=row["question"], image=image, answer=text("answer"), task=task,
+    return Question(id=text("question_id"), question=row["question"], image=picture(images, text("img_id")),
+                    answer=text("answer"), task=task,
                     true_option=text("true option"), false_option=text("false option"),
                     objects=tuple(n for o in OBJECTS if (n := text(f"{o} name"))), boxes=tuple(boxes), size=size,
                     captions=text("captions"), where=where)
+
+
+# ---------------------------------------------------------------------------------------------------- GQA's own files
+
+BUNDLED = Path(__file__).resolve().parent / "tiny" / "val" / "val_balanced_questions.json"  # a drawn world, see tiny.py
+# Table 1: (structural, semantic, detailed types) -> task. What is none of them is named by its group of Table 2.
+TASKS = {("choose", "attr", "*"): "ChooseAttr", ("choose", "rel", "relChooser"): "ChooseRel",
+         ("choose", "cat", "categoryThatChoose categoryThisChoose objThisChoose"): "ChooseCat",
+         ("compare", "attr", "twoCommon"): "CompareAttr", ("logical", "obj", "existThatOr existThatOrC"): "LogicalObj",
+         ("query", "attr", "positionQuery"): "QueryAttr"}
+SIX = tuple(TASKS.values())
+
+
+def task_of(types):
+    """GQA's `types` of a question -> its task of Table 1, or "structural/semantic", its group of Table 2."""
+    for (structural, semantic, detailed), task in TASKS.items():
+        if (structural, semantic) == (types["structural"], types["semantic"]) and (
+                detailed == "*" or types["detailed"] in detailed.split()):
+            return task
+    return f"{types['structural']}/{types['semantic']}"
+
+
+def read_gqa(file, images=None, bad=None, limit=None, scene_graphs=None, regions=None, only=SIX):
+    """A GQA question file (JSON) -> list of Question, task by task, in file order.
+
+    images: directory with {imageId}.jpg. scene_graphs: GQA's sceneGraphs.json, for boxes and sizes. regions: Visual
+    Genome's region_descriptions.json, for captions. only: the tasks wanted, all where None. limit: of each task.
+    bad: a list that takes the messages of entries that cannot be read; without it the first is a ValueError.
+    ValueError: a file that is missing, no JSON, of another shape, or without a question of these tasks.
+    """
+    graphs = read_json(scene_graphs, dict) if scene_graphs else {}
+    told = defaultdict(list)
+    for i, image in enumerate(read_json(regions, list) if regions else ()):
+        try:
+            for region in image["regions"]:
+                told[str(region["image_id"])].append(region["phrase"])
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{regions}, image {i}: not Visual Genome's regions ({type(e).__name__}: {e})") from e
+    found = {}
+    for number, raw in read_json(file, dict).items():
+        where = f"{file}, question {number}"
+        try:
+            task = task_of(raw["types"])
+            if only is not None and task not in only or limit and len(found.get(task, ())) == limit:
+                continue
+            image = str(raw["imageId"])
+            q = gqa_question(number, raw, task, picture(images, image), graphs.get(image), told.get(image, ()), where)
+            found.setdefault(task, []).append(q)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            why = e if type(e) is ValueError else f"not GQA's format ({type(e).__name__}: {e})"
+            message = f"{where}: {why}"
+            if bad is None:
+                raise ValueError(message) from e
+            bad.append(message)
+    if not found and not bad:
+        raise ValueError(f"{file} has no question of the tasks {', '.join(only or ('any',))}")
+    return [q for task in sorted(found) for q in found[task]]
+
+
+def gqa_question(number, raw, task, image, graph, told, where):
+    """One entry of a GQA question file -> Question: options, object names and boxes come from its program."""
+    options, names, ids = (), [], []
+    for step in raw["semantic"]:
+        operation, argument = step["operation"], step["argument"].strip()
+        name, _, number_of = argument.partition("(")
+        if operation.startswith("choose"):                          # "red|blue", "cup,in|on,s (7)"
+            parts = argument.split(",")
+            options = tuple(parts[len(parts) // 2].split("|"))
+        if operation == "select" or operation.startswith(("relate", "choose rel", "verify rel")):
+            name = name.split(",")[0].strip()
+            names += [name] * (name not in ("scene", "_"))
+            ids += [i for i in number_of.rstrip(")").split(",") if i.strip("- ")]
+    size, boxes = None, []
+    if graph:
+        size = graph["width"], graph["height"]
+        for i in ids:
+            thing = graph["objects"][i]
+            boxes.append(tuple(thing[key] for key in "xywh"))
+    answer = raw["answer"].strip()
+    words = [re.sub("^(to the|in) | of$", "", option) for option in options]            # answers: "left", "front"
+    right = next((word for word in words if is_right(word, answer)), "")
+    return Question(id=number, question=raw["question"], image=image, answer=answer, task=task,
+                    true_option=right, false_option=next((w for w in words if right and w != right), ""),
+                    objects=tuple(names), boxes=tuple(boxes), size=size, captions=". ".join(told), where=where)
+
+
+def read_json(file, kind):
+    """A JSON file that holds a dict or a list. ValueError: it does not; OSError: it cannot be read."""
+    try:
+        raw = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{file} is not JSON ({e})") from e
+    if not isinstance(raw, kind):
+        raise ValueError(f"{file} holds a JSON {type(raw).__name__}, wanted a {kind.__name__}")
+    return raw
+
+
+def beside(file):
+    """The scene graphs and region descriptions that lie beside a GQA question file under their published names."""
+    file = Path(file)
+    graphs = file.with_name(f"{file.name.split('_')[0]}_sceneGraphs.json")
+    regions = file.with_name("region_descriptions.json")
+    return {"scene_graphs": graphs if graphs.exists() else None, "regions": regions if regions.exists() else None}
+
+
+def data_files(files):
+    """What --data reads: the files and those beside them."""
+    return [Path(f) for file in files or () for f in (
+        file, *((beside(file).values()) if Path(file).suffix == ".json" else ())) if f]
+
+
+def picture(folder, name):
+    """The picture file of an id in a folder: .jpg, .jpeg or .png, whichever is there; .jpg where none is."""
+    if folder is None:
+        return None
+    names = [name] if Path(name).suffix else [name + end for end in (".jpg", ".jpeg", ".png")]
+    return next((Path(folder) / n for n in names if (Path(folder) / n).exists()), Path(folder) / names[0])
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -167,10 +283,10 @@ def read_row(row, task, images, where):
 def add_data_flags(parser):
     """The flags every script shares for choosing questions."""
     from runs import count
-    group = parser.add_argument_group("questions", "without --data and --image: one question about a built-in drawing")
-    group.add_argument("--data", nargs="+", metavar="CSV", help="the paper's question files")
+    group = parser.add_argument_group("questions", "without --data and --image: 20 of each task from tiny/val")
+    group.add_argument("--data", nargs="+", metavar="FILE", help="the paper's CSV files, or GQA's own JSON")
     group.add_argument("--images", metavar="DIR", help="their pictures, {img_id}.jpg")
-    group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each file")
+    group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each task")
     group.add_argument("--all", action="store_true", help="count questions the model answers wrongly, too")
     group.add_argument("--skip-bad", action="store_true", help="report rows that cannot be used and go on")
     group.add_argument("--image", metavar="FILE", help="an own picture ...")
@@ -184,6 +300,8 @@ def add_data_flags(parser):
 def read_questions(args, bad, vision=True):
     """Parsed flags -> list of Question. bad: takes messages of bad rows under --skip-bad. ValueError: bad input."""
     own = {f"--{n}": getattr(args, n) for n in ("image", "question", "answer", "options", "object", "box")}
+    if not args.data and not any(own.values()):
+        args.data, args.images, args.limit = [BUNDLED], BUNDLED.parent / "images", args.limit or 20
     if args.data and any(own.values()):
         raise ValueError(f"{next(n for n, v in own.items() if v)} and --data exclude each other")
     if args.data:
@@ -191,14 +309,15 @@ def read_questions(args, bad, vision=True):
             raise ValueError("--data needs --images DIR, the folder of their pictures")
         if args.images and not Path(args.images).is_dir():
             raise ValueError(f"--images {args.images}: no such folder")
-        found = [q for f in args.data for q in read_csv(f, args.images, bad if args.skip_bad else None, args.limit)]
+        bad, found = bad if args.skip_bad else None, []
+        for file in args.data:
+            found += (read_gqa(file, args.images, bad, args.limit, **beside(file)) if Path(file).suffix == ".json" else
+                      read_csv(file, args.images, bad, args.limit))
         twice = [key for key, n in Counter(q.key for q in found).items() if n > 1]
         if twice:
             raise ValueError(f"--data gives question {twice[0]} twice")
         return found
-    if any(own.values()):
-        return [own_question(args, vision)]
-    return [drawing(Path(args.out))]
+    return [own_question(args, vision)]
 
 
 def own_question(args, vision):
@@ -230,20 +349,3 @@ def own_question(args, vision):
                     true_option=right, false_option=next((o for o in options if right and o != right), ""),
                     options=() if right else options,
                     objects=tuple(o.strip() for o in args.object if o.strip()), boxes=tuple(boxes), size=size)
-
-
-def drawing(out):
-    """A question about a picture that is drawn here and left in `out`, so that every script runs without a dataset."""
-    from PIL import Image, ImageDraw
-    image = Image.new("RGB", (480, 360), (236, 228, 210))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 250, 480, 360), fill=(150, 110, 70))         # a table
-    draw.ellipse((300, 170, 400, 270), fill=(40, 80, 200))          # a blue ball
-    draw.rectangle((90, 150, 170, 265), fill=(205, 35, 35))         # a red cup
-    draw.arc((150, 175, 215, 235), -90, 90, fill=(205, 35, 35), width=12)
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "drawing.png"
-    image.save(file)
-    return Question(id="drawing", question="Is the cup red or blue?", image=file, answer="red", task="drawing",
-                    true_option="red", false_option="blue", objects=("cup",), boxes=((90, 150, 125, 115),),
-                    size=image.size)

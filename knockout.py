@@ -148,6 +148,8 @@ def attention_on(layer, x, cos, sin, mask, source):
 
 COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "token", "edge", "window", "layer",
            "p_base", "p_knockout", "change_percent")
+EDGES = ("question->last", "image->last", "last->last", "image->question", "related_patches->question",
+         "other_patches->question")                # figures 3, 4 and 5; the last two need boxes
 
 
 def start(model, q, paper_spans):
@@ -190,7 +192,7 @@ def main():
 
     import llava_min
     import plots
-    from eval_gqa import read_questions
+    from eval_gqa import data_files, read_questions
     from runs import Run, file_hash
     args = parse()
     bad = []
@@ -206,8 +208,8 @@ def main():
     texts = [f for f in (files.config, files.tokenizer, files.generation, files.tower and files.tower.config) if f]
     run = Run(args.out, "knockout.csv", COLUMNS, {
         "weights": llava_min.weights_hash(files), "config": [file_hash(f)[:16] for f in texts], "device": device,
-        "dtype": str(llava_min.pick_dtype(args.dtype, device)).removeprefix("torch."), "preprocess": args.preprocess,
-        "data": [f"{Path(f).name} {file_hash(f)[:16]}" for f in args.data or ()],
+        "dtype": str(llava_min.pick_dtype(args.dtype, device, files)).removeprefix("torch."),
+        "preprocess": args.preprocess, "data": [f"{f.name} {file_hash(f)[:16]}" for f in data_files(args.data)],
         "images": str(Path(args.images).resolve()) if args.images else None,
         "question": {k: v for k, v in vars(questions[0]).items() if k != "image"} if single else None,
         "image": file_hash(questions[0].image)[:16] if single and questions[0].image else None,
@@ -234,7 +236,7 @@ def main():
 def parse():
     """The command line -> args, with args.edges as (source, target) pairs of canonical group names."""
     from eval_gqa import add_data_flags
-    from llava_min import NAMES, add_model_flags, parse_edge
+    from llava_min import BUNDLED, NAMES, add_model_flags, parse_edge
     from runs import Parser, count
     parser = Parser(__doc__)
     group = parser.add_argument_group("what to cut")
@@ -242,8 +244,9 @@ def parse():
                        ", text:WORDS, a+b or a-b")
     group.add_argument("--tgt", metavar="GROUP", help="the queries they are hidden from: another group")
     group.add_argument("--edge", nargs="+", action="extend", default=[], metavar="A->B",
-                       help="several edges in one run")
-    group.add_argument("--window", type=count, default=9, metavar="K", help="layers cut at once (9)")
+                       help="several edges in one run (those of figures 3-5)")
+    group.add_argument("--window", type=count, metavar="K",
+                       help="layers cut at once (9; 3 of the 10 layers of the bundled models)")
     group.add_argument("--paper-spans", action="store_true", help="find words as the paper's code does: hat in What")
     add_model_flags(parser)
     add_data_flags(parser)
@@ -256,9 +259,10 @@ def parse():
     if bool(args.src) != bool(args.tgt):
         raise ValueError("--src and --tgt go together")
     edges = [f"{args.src}->{args.tgt}"] * bool(args.src) + args.edge
+    if not edges and not args.groups:
+        edges = EDGES if args.box or not args.question else EDGES[:4]
     args.edges = list(dict.fromkeys(map(parse_edge, edges)))
-    if not args.edges and not args.groups:
-        raise ValueError("nothing to cut; give --src image --tgt question, or --edge \"image->question\"")
+    args.window = args.window or (3 if args.model in BUNDLED else 9)
     return args
 
 

@@ -38,6 +38,7 @@ MODELS = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf
           "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
           "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
           "llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf", "vicuna-1.5-13b": "lmsys/vicuna-13b-v1.5"}
+BUNDLED = {"llava-tiny": Path(__file__).resolve().parent / "tiny" / "llava-tiny"}
 
 # The words around the user's message, as LLaVA's conversation.py has them: (before, after). The end-of-prompt newline
 # of the second is the paper's own addition (its code appends " \n" to the whole prompt of llama3-llava-next-8b).
@@ -743,7 +744,7 @@ def pick(get, kind):
 
 def find(name, kind="model", revision=None):
     """A folder or a hub id -> Files; what the cache lacks is downloaded. ValueError says what is missing."""
-    folder = Path(os.path.expanduser(name))                         # Path's own raises where there is no such user
+    folder = BUNDLED.get(name) or Path(os.path.expanduser(name))    # Path's own raises where there is no such user
     if name and folder.is_dir():
         if revision:
             raise ValueError(f"--revision {revision}: {name} is a folder, and only the hub keeps revisions")
@@ -751,10 +752,12 @@ def find(name, kind="model", revision=None):
         if not missing:
             return Files(name, str(folder), **found)
         raise ValueError(f"{name} lacks {', '.join(missing)}")
+    if name in BUNDLED:
+        raise ValueError(f"{name} lies in the llava-flow repository, but not in {folder}; get tiny/ from there, too")
     repo = MODELS.get(name, name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or name.startswith("."):
         raise ValueError(f"{name or 'an empty name'} is neither a folder, a hub id (owner/name), nor one of "
-                         f"{', '.join(MODELS)}")
+                         f"{', '.join([*BUNDLED, *MODELS])}")
     try:
         from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -898,7 +901,7 @@ def load(name, *, dtype="auto", device="auto", revision=None, vision_tower=None,
     """
     files = name if isinstance(name, Files) else resolve(name, revision, vision_tower)
     device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
+    dtype = pick_dtype(dtype, device, files)
     raw = read_json(files.config)
     try:
         config = replace(Config.from_json(raw, read_json(files.tower.config) if files.tower else None),
@@ -944,9 +947,13 @@ def pick_device(name):
     return name
 
 
-def pick_dtype(name, device):
+def pick_dtype(name, device, files):
+    """--dtype -> torch dtype. auto: float32 where config.json asks for it, else half precision as suits the device."""
     if isinstance(name, torch.dtype):
         return name
+    raw = read_json(files.config)
+    if name == "auto" and "float32" in (raw.get("torch_dtype"), raw.get("dtype")):
+        return torch.float32
     return getattr(torch, {"cpu": "bfloat16"}.get(device, "float16") if name == "auto" else name)
 
 
@@ -955,14 +962,14 @@ def pick_dtype(name, device):
 def add_model_flags(parser):
     """The flags every script shares for choosing a model."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="llava-1.5-7b", metavar="NAME",
-                       help=f"{', '.join(MODELS)}, a hub id or a folder")
+    group.add_argument("--model", default="llava-tiny", metavar="NAME",
+                       help=f"{', '.join([*BUNDLED, *MODELS])}, a hub id or a folder (llava-tiny)")
     group.add_argument("--revision", metavar="REV", help="hub branch, tag or commit (main)")
     group.add_argument("--vision-tower", metavar="NAME",
                        help="folder or hub id, where the checkpoint names another or has none")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                       help="auto: float16 on a GPU, bfloat16 on cpu")
+                       help="auto: float32 if config.json says so (llava-tiny), else float16 on a GPU, bfloat16 on cpu")
     group.add_argument("--preprocess", choices=("llava", "hf"), default="llava",
                        help="pixels as the original LLaVA or transformers")
 
@@ -988,7 +995,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--image", metavar="FILE")
-    parser.add_argument("--question", metavar="TEXT", required=True)
+    parser.add_argument("--question", metavar="TEXT", help="without it, the first of the bundled ones")
     parser.add_argument("--tokens", metavar="N", type=int, default=16, help="longest answer (16)")
     parser.add_argument("--long", action="store_true",
                         help="ask the question alone, without the paper's request for one word")
@@ -996,6 +1003,13 @@ def main():
     args = parser.parse_args()
     if args.tokens < 1:
         raise ValueError("--tokens takes a number from 1")
+    if not args.question:
+        if args.image:
+            raise ValueError("--image needs --question TEXT")
+        world = Path(__file__).resolve().parent / "tiny" / "val"
+        first = next(iter(read_json(world / "val_balanced_questions.json").values()))
+        args.question, args.image = first["question"], world / "images" / f"{first['imageId']}.jpg"
+        print(f"{args.image}: {args.question}")
     image = open_image(args.image) if args.image else None
     model = load_files(resolve(args.model, args.revision, args.vision_tower), args)
     print(model.generate(model.prompt(args.question, image, brief=not args.long), args.tokens))

@@ -228,8 +228,8 @@ def machine():
 class Parser(argparse.ArgumentParser):
     """argparse with the module docstring as --help and one-line errors."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
         print(f"error: {' '.join(message.split())} (--help shows the flags)", file=sys.stderr)

@@ -4,6 +4,8 @@ Our models, groups and knockouts against ../shared/golden: numbers made by the p
 on tiny random checkpoints, and by the original's image code at the published models' real geometry. Skipped where the
 folder is absent; tests/test_own_golden.py holds the same ground with numbers that lie in this repository.
 """
+import ast
+import csv
 import dataclasses
 import functools
 import gzip
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 import clip_vit
+import eval_gqa
 import knockout
 import llama3
 import llava_min
@@ -279,3 +282,21 @@ def test_the_papers_dataset_is_read_whole_and_its_words_are_found_by_rule():
     assert all(math.isfinite(v) for f in files for q in read_csv(f) for b in q.boxes for v in b)
 
 
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is not here")
+def test_gqas_own_format_gives_the_question_that_the_papers_row_gives():
+    """Task, options, names and boxes from the program and a scene graph, for all rows of the six files."""
+    for file in sorted((SHARED / "data" / "gqa_flow").glob("*.csv")):
+        with open(file, newline="") as f:
+            rows = {row["question_id"]: row for row in csv.DictReader(f)}
+        for q in eval_gqa.read_csv(file):
+            row = rows[q.id]
+            objects = {row[f"{name} id"]: {k: int(row[f"{name} {k}"]) for k in "xywh"}
+                       for name in eval_gqa.OBJECTS if row.get(f"{name} id", "-") != "-"}
+            raw = {"question": q.question, "answer": q.answer, "semantic": ast.literal_eval(row["operations"]),
+                   "types": {kind: row[f"type_{kind}"] for kind in ("structural", "semantic", "detailed")}}
+            graph = {"width": q.size[0], "height": q.size[1], "objects": objects}
+            p = eval_gqa.gqa_question(q.id, raw, eval_gqa.task_of(raw["types"]), None, graph, (), "")
+            for part in ("task", "answer", "true_option", "false_option", "objects", "boxes", "size"):
+                assert getattr(p, part) == getattr(q, part), (q.where, part)

@@ -1,6 +1,6 @@
 """python -m pytest tests/test_questions.py
 
-Questions: the paper's CSV files, an own picture and question, the built-in drawing; and when an answer is right.
+Questions: the paper's CSV files, an own picture and question, the bundled ones; and when an answer is right.
 """
 import argparse
 
@@ -128,11 +128,11 @@ def test_an_own_picture_and_question_become_a_question(tmp_path, photo):
     assert (q.true_option, q.options) == ("", ("blue", "red"))      # nobody said which is right
 
 
-def test_without_data_and_image_the_question_is_about_a_drawing(tmp_path):
-    q, = ask(tmp_path)
-    assert q.open().size == q.size and q.image == tmp_path / "out" / "drawing.png"
-    x, y, w, h = q.boxes[0]
-    assert q.open().getpixel((x + w // 3, y + h // 2)) == (205, 35, 35) and q.answer == "red"
+def test_without_data_and_image_the_bundled_questions_are_asked(tmp_path):
+    found = ask(tmp_path)
+    assert {q.task: sum(p.task == q.task for p in found) for q in found} == dict.fromkeys(eval_gqa.TASKS.values(), 20)
+    assert all(q.open().size == q.size and q.captions for q in found)
+    assert len(ask(tmp_path, "--limit", 3)) == 18
 
 
 def test_limit_takes_the_first_questions_of_each_file(tmp_path):
