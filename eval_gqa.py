@@ -11,14 +11,13 @@ Paper   https://arxiv.org/abs/2411.18620, sections 3.3 and 4.1
 The GQA accuracy of Table 2 and the collection of Table 1 are not here yet.
 """
 import csv
-import json
 import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_min import open_image
+from llava_min import open_image, read_json
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def read_gqa(file, images=None, bad=None, limit=None, scene_graphs=None, regions
     bad: a list that takes the messages of entries that cannot be read; without it the first is a ValueError.
     ValueError: a file that is missing, no JSON, of another shape, or without a question of these tasks.
     """
-    graphs = read_json(scene_graphs, dict) if scene_graphs else {}
+    graphs = read_json(scene_graphs) if scene_graphs else {}
     told = defaultdict(list)
     for i, image in enumerate(read_json(regions, list) if regions else ()):
         try:
@@ -198,7 +197,7 @@ def read_gqa(file, images=None, bad=None, limit=None, scene_graphs=None, regions
         except (KeyError, TypeError) as e:
             raise ValueError(f"{regions}, image {i}: not Visual Genome's regions ({type(e).__name__}: {e})") from e
     found = {}
-    for number, raw in read_json(file, dict).items():
+    for number, raw in read_json(file).items():
         where = f"{file}, question {number}"
         try:
             task = task_of(raw["types"])
@@ -243,17 +242,6 @@ def gqa_question(number, raw, task, image, graph, told, where):
     return Question(id=number, question=raw["question"], image=image, answer=answer, task=task,
                     true_option=right, false_option=next((w for w in words if right and w != right), ""),
                     objects=tuple(names), boxes=tuple(boxes), size=size, captions=". ".join(told), where=where)
-
-
-def read_json(file, kind):
-    """A JSON file that holds a dict or a list. ValueError: it does not; OSError: it cannot be read."""
-    try:
-        raw = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{file} is not JSON ({e})") from e
-    if not isinstance(raw, kind):
-        raise ValueError(f"{file} holds a JSON {type(raw).__name__}, wanted a {kind.__name__}")
-    return raw
 
 
 def beside(file):

@@ -845,14 +845,14 @@ def sees(files):
     return bool("text_config" in raw or raw.get("mm_vision_tower"))
 
 
-def read_json(file):
-    """A JSON file -> dict. ValueError: it holds something else."""
+def read_json(file, kind=dict):
+    """A JSON file -> dict, or list where that is the kind wanted. ValueError: it holds something else."""
     try:
         raw = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{file} is not JSON ({e})") from e
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} is not a JSON object")
+    if not isinstance(raw, kind):
+        raise ValueError(f"{file} is not a JSON {'object' if kind is dict else 'list'}")
     return raw
 
 

@@ -271,7 +271,7 @@ def test_the_readers_take_a_made_world_as_gqa(world):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "is not JSON"), ("[]", "holds a JSON list"), ('{"7": {"question": "Is it?"}}', "question 7: not GQA's f"),
+    ("{", "is not JSON"), ("[]", "is not a JSON object"), ('{"7": {"question": "Is it?"}}', "question 7: not GQA's f"),
     ("{}", "has no question of the tasks")])
 def test_a_damaged_question_file_is_named(tmp_path, text, message):
     file = tmp_path / "val_balanced_questions.json"
@@ -408,3 +408,34 @@ def test_the_words_of_answers_are_single_tokens_in_both_spellings(fresh):
         for word in words:
             for spelling in (word, word.capitalize()):
                 assert len(model.tokenizer.encode(spelling).ids) == 2, spelling   # BOS and the word
+
+
+def test_knockout_reads_a_made_world_by_its_gqa_file(world, checkpoint, tmp_path, monkeypatch):
+    import csv
+
+    import knockout
+    monkeypatch.setattr("sys.argv", ["knockout.py", "--model", str(checkpoint("llava-1.5")), "--all", "--limit", "1",
+                                     "--data", str(world / "val_balanced_questions.json"), "--window", "2", "--images",
+                                     str(world / "images"), "--edge", "related_patches->last", "--out", str(tmp_path)])
+    knockout.main()
+    with open(tmp_path / "knockout.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {r["task"] for r in rows} == set(eval_gqa.TASKS.values())
+    data = json.loads((tmp_path / "run.json").read_text())["settings"]["data"]
+    assert [name.split()[0] for name in data] == ["val_balanced_questions.json", "val_sceneGraphs.json",
+                                                  "region_descriptions.json"]
+
+
+@pytest.mark.parametrize(("argv", "parts"), [
+    (("make", "x", "--val", "0", "--train", "0"), ["--train and --val"]), ((), ["required"]),
+    (("train", "x", "--start", "nowhere"), ["nowhere"]), (("score", "--data", "gone.json"), ["gone.json"]),
+    (("score", "--model", "nothing at all"), ["nothing at all"])])
+def test_bad_input_ends_in_one_line_and_exit_code_2(argv, parts, tmp_path, monkeypatch, capsys):
+    from runs import cli
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tiny.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        cli(tiny.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert all(part in err for part in parts)
