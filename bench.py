@@ -5,10 +5,14 @@ Needs   transformers beside the project's own requirements (pip install transfor
         nowhere else.
 Run     python bench.py forward                  one clean forward pass at 7B widths against transformers with SDPA
         python bench.py load                     loading a sharded checkpoint: seconds and peak memory
+        python bench.py tree                     knockout.TREE_ROWS: how many rows attention should take at a time
+        python bench.py sweep --model llava-1.5-7b --layers 8          knockout of figures 3-5, all layers of six edges:
+                                                 in one pass, the plain way, and the paper's way in transformers
 
-Weights are random; widths are Vicuna-7B's and only the number of layers is cut, to fit a small machine. The two
+Weights are random; widths are the published models', and only the number of layers is cut, to fit a small machine. The
 sides take turns, and what counts is the median of the ratios of neighbours: machines drift, neighbours drift together.
 """
+import csv
 import json
 import statistics
 import subprocess
@@ -16,16 +20,43 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+import clip_vit
+import knockout
+import llama3
 import vicuna
 from runs import Parser, cli, count, machine, versions
 
+WIDE = {"width": 5120, "hidden": 13824, "heads": 40, "kv_heads": 40, "layers": 40}
+SHAPES = {"llava-1.5-7b": (vicuna, {}, 1), "llava-1.5-13b": (vicuna, WIDE, 1),  # decoder, its sizes, views of a photo
+          "llava-v1.6-vicuna-7b": (vicuna, {}, 5), "llava-v1.6-vicuna-13b": (vicuna, WIDE, 5),
+          "llama3-llava-next-8b": (llama3, {}, 5)}
 
-def config(layers):
-    return replace(vicuna.Config(), layers=layers)
+
+def build(name, layers, dtype, device):
+    """A decoder of a published model's widths, random weights. layers: None is all that the published model has."""
+    module, sizes, _ = SHAPES[name]
+    c = module.Config(**sizes)
+    with torch.device("meta"):
+        decoder = module.Decoder(replace(c, layers=layers or c.layers)).to(dtype)
+    return fill(decoder.to_empty(device=device)).eval().requires_grad_(False)
+
+
+def theirs_of(ours):
+    """transformers' LlamaForCausalLM with SDPA on the very memory of our decoder's weights."""
+    from transformers import LlamaForCausalLM
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM._from_config(hf_config(ours.config), attn_implementation="sdpa")
+    names = {name.removeprefix("model."): name for name in theirs.state_dict()}
+    theirs.load_state_dict({names[n]: p for n, p in ours.named_parameters()}, assign=True)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(ours.lm_head.weight.device)
+    return theirs.eval().requires_grad_(False)
 
 
 def hf_config(c):
@@ -66,17 +97,9 @@ def wait(device):
 
 def forward(args):
     """Ours and transformers' LlamaForCausalLM with the same weights: embeddings in, logits of the last position out."""
-    from transformers import LlamaForCausalLM
     dtype = getattr(torch, args.dtype)
-    with torch.device("meta"):
-        ours = vicuna.Decoder(config(args.layers)).to(dtype)
-    ours = fill(ours.to_empty(device=args.device)).eval()
-    with torch.device("meta"):
-        theirs = LlamaForCausalLM._from_config(hf_config(ours.config), attn_implementation="sdpa")
-    names = {name.removeprefix("model."): name for name in theirs.state_dict()}
-    theirs.load_state_dict({names[n]: p for n, p in ours.named_parameters()}, assign=True)  # the same memory
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(args.device)
-    theirs.eval()
+    ours = build(args.model, args.layers, dtype, args.device)
+    theirs = theirs_of(ours)
     for T in args.tokens:
         x = torch.randn(1, T, ours.config.width, generator=torch.Generator().manual_seed(1)).to(args.device, dtype)
         with torch.inference_mode():
@@ -120,9 +143,8 @@ def load(args):
     and growth of peak memory (Linux only)."""
     from safetensors.torch import save_file
     with tempfile.TemporaryDirectory() as folder:
-        with torch.device("meta"):
-            model = vicuna.Decoder(config(args.layers)).bfloat16()
-        state = fill(model.to_empty(device="cpu")).state_dict()
+        model = build("llava-1.5-7b", args.layers, torch.bfloat16, "cpu")
+        state = model.state_dict()
         names = [n if n.startswith("lm_head") else f"model.{n}" for n in state]
         shards = {n: f"model-{1 + i * 3 // len(names):05d}-of-00003.safetensors" for i, n in enumerate(names)}
         for shard in sorted(set(shards.values())):
@@ -145,24 +167,207 @@ def load(args):
         print(f"  {name}: {seconds:.2f} s, peak memory {peak / 1e6:.0f} MB = the model {(peak - size) / 1e6:+.0f} MB")
 
 
+class Question:
+    """Random embeddings in the shape of a published model's prompt: 35 tokens from where the question starts, 12 of
+    them its own, the image before them. T: tokens."""
+
+    def __init__(self, name, decoder):
+        images = 576 if SHAPES[name][2] == 1 else 2200
+        self.T = 9 + images + 35
+        image, question, last = list(range(9, 9 + images)), list(range(9 + images, 21 + images)), [self.T - 1]
+        groups = {"image": image, "question": question, "last": last, "related_patches": image[100:160],
+                  "other_patches": image[:100] + image[160:]}
+        self.cuts = [[groups[g] for g in edge.split("->")] for edge in knockout.EDGES]
+        self.x = torch.randn(1, self.T, decoder.config.width, generator=torch.Generator().manual_seed(1)).to(
+            decoder.lm_head.weight)
+
+
+def encoders(name, width, dtype, device, with_theirs):
+    """(ours, theirs): functions that take a photo's views through tower and projector. Ours runs the tower in float32,
+    as llava_min does, theirs in `dtype`, as the paper's code."""
+    c = clip_vit.Config()
+    pixels = torch.randn(SHAPES[name][2], 3, c.image, c.image, generator=torch.Generator().manual_seed(2)).to(device)
+    layers = torch.nn.Linear(c.width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
+    projector = fill(torch.nn.Sequential(*layers)).to(device, dtype)
+    tower = fill(clip_vit.ClipViT(c)).to(device).eval()
+    found = [lambda: projector(tower(pixels, -2)[:, 1:].to(dtype))]
+    if with_theirs:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+        other = CLIPVisionModel(CLIPVisionConfig(
+            hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+            image_size=c.image, patch_size=c.patch)).to(device, dtype).eval()
+        found.append(lambda: projector(other(pixels.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:]))
+    return found
+
+
+def papers_forward(theirs, encode, x, clean, blocked, layers):
+    """One point of a curve as the paper's code makes it: encode the photo, run the model with the blocked 4D mask in
+    the window's layers -> logits (V,)."""
+    def swap(module, args, kwargs):
+        return args, kwargs | {"attention_mask": blocked}
+    hooks = [theirs.model.layers[i].self_attn.register_forward_pre_hook(swap, with_kwargs=True) for i in layers]
+    encode()
+    logits = theirs(inputs_embeds=x, attention_mask=clean, use_cache=False, logits_to_keep=1).logits[0, 0]
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+@torch.inference_mode()
+def sweep(args):
+    """Knockout of figures 3-5 for one question, six edges, every layer: one pass, the plain way, the paper's way."""
+    dtype, k = getattr(torch, args.dtype), 9
+    baseline = bool(find_spec("transformers"))
+    if not baseline:
+        print("the paper's way is left out: pip install transformers")
+    decoder = build(args.model, args.layers, dtype, args.device)
+    q, L, c = Question(args.model, decoder), len(decoder.layers), decoder.config
+    encode = encoders(args.model, c.width, dtype, args.device, baseline)
+    clean = knockout.to_mask(knockout.causal(q.T)).to(args.device)
+    found = {}
+
+    def whole(cuts):
+        return knockout.sweep(decoder, *knockout.clean_pass(decoder, q.x), cuts, 0, k)
+
+    sides = {"clean forward": lambda: decoder.lm_head(decoder.norm(decoder(q.x, clean)[0, -1])),
+             "sweep, six edges": lambda: found.update(sweep=whole(q.cuts)),
+             "sweep, question->last": lambda: whole(q.cuts[:1]),
+             "photo encoded, ours": encode[0]}
+    seconds = interleave(sides, args.repeats, args.device)
+    peaks = {name: peak(run, args.device) for name, run in sides.items()}
+
+    # Every point of a curve costs the other two sides the same: so many of them, evenly spread, are timed in turns.
+    points = [(e, l) for e in range(len(q.cuts)) for l in range(L)]
+    timed = points[::max(1, len(points) // args.sample)][:args.sample]
+    slow = {"plain loop": lambda mask, layers: knockout.forward(decoder, q.x, clean, mask, layers)}
+    if baseline:
+        theirs, wide = theirs_of(decoder), clean.to(dtype)[None, None]
+        slow["the paper's way"] = lambda mask, layers: papers_forward(theirs, encode[1], q.x, wide,
+                                                                      mask.to(dtype)[None, None], layers)
+    gaps = {name: [] for name in slow}
+    for turn, (e, l) in enumerate([points[0], *timed]):             # the first is for warming up
+        mask = knockout.blocked(decoder, q.T, *q.cuts[e]).to(args.device)
+        for name, run in slow.items():
+            wait(args.device)
+            start = time.perf_counter()
+            p = knockout.probability(run(mask, knockout.window(l, k, L)), 0)
+            if turn:
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+                gaps[name].append(abs(p / found["sweep"][e][l] - 1))
+            else:
+                peaks[name] = peak(lambda run=run, mask=mask: run(mask, ()), args.device)
+    one, forwards = statistics.median(seconds["clean forward"]), 1 + len(points)
+    counts = {"clean forward": 1, "sweep, six edges": knockout.token_layers(q.T, L, q.cuts, k),
+              "sweep, question->last": knockout.token_layers(q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards)}
+    floors = {"clean forward": 1, "sweep, six edges": floor(c, q.T, L, q.cuts, k),
+              "sweep, question->last": floor(c, q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards)}
+    rows = []
+    for name, spent in seconds.items():
+        times = [s * (forwards if name in slow else 1) for s in spent]
+        middle = statistics.median(times)
+        rows.append([name, round(middle, 3), round(min(times), 3), round(max(times), 3), round(middle / one, 2),
+                     *(round(v, 2) if (v := table.get(name)) else "" for table in (counts, floors)),
+                     round(peaks[name] / 1e6), len(spent)])
+    head = ["side", "seconds", "fastest", "slowest", "clean forwards", "token-layers", "FLOPs", "peak MB", "timed"]
+    print(f"{args.model}, {L} layers, {args.dtype} on {args.device}, {q.T} tokens, window {k}, {forwards} forwards the "
+          f"plain way; token-layers and FLOPs in clean forwards; peak memory on top of the weights")
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(map(str, row)) + " |")
+    ours = statistics.median(seconds["sweep, six edges"])
+    for name, gap in gaps.items():
+        print(f"{name}: {statistics.median(seconds[name]) * forwards / ours:.1f} times the sweep; probabilities differ "
+              f"by {statistics.median(gap):.1e} in the median, {max(gap):.1e} at most, relative")
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"sweep_{args.model}_{L}_{args.dtype}_{args.device}.csv"
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows([head, *rows])
+    print(f"wrote {file}")
+
+
+def tree(args):
+    """One layer for all 3 L branches of figures 4 and 5, with more or fewer of them to a sequence in attention."""
+    for name in ("llava-1.5-7b", "llava-1.5-13b"):
+        decoder = build(name, 1, getattr(torch, args.dtype), args.device)
+        for past in (585, 2209):
+            time_tree(args, name, decoder, past)
+
+
+@torch.inference_mode()
+def time_tree(args, name, decoder, past):
+    module, sizes, _ = SHAPES[name]
+    c, n, L = decoder.config, 35, module.Config(**sizes).layers
+    random = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random).to(decoder.lm_head.weight)
+    x, kv = draw(3 * L, n, c.width), [draw(1, c.kv_heads, past, c.width // c.heads) for _ in range(2)]
+    mask = knockout.to_mask(knockout.causal(n, past + n))[None, None].to(x)
+    cos, sin = decoder.rope(torch.arange(past, past + n, device=args.device))
+    which = torch.zeros(len(x), dtype=torch.long, device=args.device)
+
+    def run(rows):
+        knockout.TREE_ROWS = rows
+        knockout.branch_layer(decoder.layers[0], x, cos, sin, kv, mask, which)
+    seconds = interleave({rows: partial(run, rows) for rows in (n, 2 * n, 128, 256, 512, 1024, len(x) * n)},
+                         args.repeats, args.device)
+    shares = {rows: statistics.median(a / b for a, b in zip(spent, seconds[256], strict=True))
+              for rows, spent in seconds.items()}
+    print(f"one layer of {name}, {len(x)} branches of {n} rows behind {past}, {args.dtype} on {args.device}: "
+          f"{statistics.median(seconds[256]):.3f} s with 256 rows in a sequence; as shares of that: "
+          + ", ".join(f"{rows} rows {share:.2f}" for rows, share in shares.items()))
+
+
+def floor(c, T, L, cuts, k):
+    """FLOPs of a clean pass and a sweep over those of the clean pass, nothing counted that a mask hides."""
+    size = c.width // c.heads
+    weights = 2 * (c.width * size * 2 * (c.heads + c.kv_heads) + 3 * c.width * c.hidden)            # for one token
+
+    def rows(s):                                                    # the rows from s on, through one layer
+        return sum(weights + 4 * c.width * (t + 1) for t in range(s, T))
+    return 1 + sum(rows(min(target)) * (L - knockout.window(l, k, L).start)
+                   for _, target in cuts for l in range(L)) / (L * rows(0))
+
+
+def peak(run, device):
+    """Most memory that run() needs at a time, in bytes, beyond what was taken before (on a CPU: Linux only)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(key):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+    Path("/proc/self/clear_refs").write_text("5")                   # the peak starts anew from here
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("forward", "load"))
-    parser.add_argument("--layers", type=count, default=3, metavar="L", help="decoder layers (3)")
+    parser.add_argument("what", choices=("forward", "load", "tree", "sweep"))
+    parser.add_argument("--model", choices=SHAPES, default="llava-1.5-7b", help="whose widths (llava-1.5-7b)")
+    parser.add_argument("--random", action="store_true", help="random weights, as always")
+    parser.add_argument("--layers", type=count, metavar="L", help="decoder layers (3; sweep: all of the model's)")
+    parser.add_argument("--sample", type=count, default=24, metavar="N",
+                        help="sweep: points of the slow sides' curves that are timed (24)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="sweep: its CSV (out/bench)")
     parser.add_argument("--tokens", type=count, nargs="+", default=[620, 2200], metavar="T",
                         help="sequence lengths (620, as LLaVA-1.5; 2200, as AnyRes)")
     parser.add_argument("--repeats", type=count, default=7, metavar="N", help="turns (7)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     args = parser.parse_args()
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("the baseline is missing: pip install transformers") from None
-    box = machine()
-    print(f"torch {versions()['torch']}, transformers {transformers.__version__}, {box['cores']} cores, "
-          f"{box['threads']} threads, {box['gpus'] or 'no GPU'}")
-    {"forward": forward, "load": load}[args.what](args)
+    box, theirs = machine(), find_spec("transformers") and metadata.version("transformers")
+    if args.what in ("forward", "load"):
+        args.layers = args.layers or 3
+        if not theirs:
+            raise ValueError("the baseline is missing: pip install transformers")
+    print(f"torch {versions()['torch']}, transformers {theirs}, {box['cores']} cores, {box['threads']} threads, "
+          f"{box['gpus'] or 'no GPU'}")
+    {"forward": forward, "load": load, "tree": tree, "sweep": sweep}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -32,16 +32,20 @@ def causal(T, S=None, device=None):
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def cut(keep, source, target):
+def cut(keep, source, target, heads=None):
     """Eq. 7: queries at `target` may not look at keys at `source`. keep (T, T) bool, position lists -> keep (T, T).
 
     cut(causal(3), [0], [2]) is  1 0 0
                                  1 1 0
                                  0 1 1
+    heads: of these heads alone, given and returned is then a keep (H, T, T).
     """
     keep = keep.clone()
     source, target = (torch.tensor(p, dtype=torch.long, device=keep.device) for p in (source, target))
-    keep[target[:, None], source] = False
+    if heads is None:
+        keep[target[:, None], source] = False
+    else:
+        keep[torch.tensor(heads, device=keep.device)[:, None, None], target[:, None], source] = False
     return keep
 
 
@@ -63,11 +67,21 @@ def window(layer, k, L):
     return range(max(0, layer - k // 2), min(L, layer + (k + 1) // 2))
 
 
+def blocked(decoder, T, source, target, heads=None):
+    """The additive mask of a cut: (T, T), or (H, T, T) where it is for some heads alone. ValueError: no such head."""
+    keep, H = causal(T), decoder.config.heads
+    if heads is None:
+        return to_mask(cut(keep, source, target))
+    if max(heads) >= H:
+        raise ValueError(f"head {max(heads)} is asked for, but the decoder has heads 0 to {H - 1}")
+    return to_mask(cut(keep.expand(H, -1, -1), source, target, heads))
+
+
 @torch.inference_mode()
 def forward(decoder, x, clean, blocked, layers):
     """The decoder's own loop with one difference: the layers in `layers` get the `blocked` mask.
 
-    x (1, T, C) embeddings; clean, blocked additive masks (T, T) -> logits of the last position (V,)
+    x (1, T, C) embeddings; clean, blocked additive masks (T, T) or (H, T, T) -> logits of the last position (V,)
     """
     cos, sin = decoder.rope(torch.arange(x.shape[1], device=x.device))
     for i, layer in enumerate(decoder.layers):
@@ -75,16 +89,22 @@ def forward(decoder, x, clean, blocked, layers):
     return decoder.lm_head(decoder.norm(x[0, -1]))
 
 
-def curve(decoder, x, source, target, token, k):
-    """One edge's knockout curve, the plain way, one forward pass per layer -> probability of `token` for each layer."""
-    keep, L = causal(x.shape[1], device=x.device), len(decoder.layers)
-    clean, blocked = to_mask(keep), to_mask(cut(keep, source, target))
-    return [probability(forward(decoder, x, clean, blocked, window(l, k, L)), token) for l in range(L)]
+def curve(decoder, x, source, target, token, k, heads=None):
+    """One edge's knockout curve, the plain way, one forward pass per layer -> probability of `token` for each layer.
+
+    heads: cut the edge for these heads alone. It is what `sweep` is tested against.
+    """
+    T, L = x.shape[1], len(decoder.layers)
+    clean, mask = to_mask(causal(T)).to(x.device), blocked(decoder, T, source, target, heads).to(x.device)
+    return [probability(forward(decoder, x, clean, mask, window(l, k, L)), token) for l in range(L)]
 
 
 def probability(logits, token):
     """Eq. 6, softmax in float32. FloatingPointError: not a number (float16 overflows in some models)."""
-    p = logits.float().softmax(-1)[token].item()
+    return finite(logits.float().softmax(-1)[token].item())
+
+
+def finite(p):
     if not math.isfinite(p):
         raise FloatingPointError("non-finite probability: the dtype overflows here; use --dtype bfloat16 or float32")
     return p
@@ -95,30 +115,139 @@ def percent(p_base, p_knockout):
     return (p_knockout - p_base) / p_base * 100
 
 
+# ---------------------------------------------------------------------------------------------------- all in one pass
+
+@torch.inference_mode()
+def clean_pass(decoder, x):
+    """x (1, T, C) -> (stream, caches) of the model left alone.
+
+    stream: the residual stream that enters each layer and that leaves the last, L + 1 of (1, T, C). caches: each
+    layer's keys and values, L of [k, v].
+    """
+    stream, caches = [x], [[] for _ in decoder.layers]
+    mask = to_mask(causal(x.shape[1])).to(x.device)                 # so that its kernel is the one of the cut runs
+    cos, sin = decoder.rope(torch.arange(x.shape[1], device=x.device))
+    for layer, cache in zip(decoder.layers, caches, strict=True):
+        stream.append(layer(stream[-1], cos, sin, mask, cache))
+    return stream, caches
+
+
+@torch.inference_mode()
+def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=8192):
+    """The curves of all `cuts`, a list of (source, target), as `curve` gives them, for a few forward passes in all.
+
+    Attention looks back only. So a cut leaves the rows before its first target row s as they are in the clean pass,
+    and rows from s on, too, below the window. Every point of a curve is therefore a *branch*: it leaves the clean
+    stream at its window's first layer, with the n = T - s rows from s on, and looks back at the clean keys and values.
+    The branches of all cuts with the same s go through a layer together.
+
+    stream, caches: from `clean_pass`; a cache may have grown since. rows: how many go through a layer at once; fewer
+    need less memory and read the weights more often.
+    """
+    T, L, places, values = stream[0].shape[1], len(decoder.layers), [], []
+    for s in sorted({min(target) for _, target in cuts}):
+        own = [i for i, (_, target) in enumerate(cuts) if min(target) == s]
+        masks = [to_mask(causal(T))] + [blocked(decoder, T, *cuts[i], heads) for i in own]
+        masks = torch.stack([m.expand(1 if heads is None else decoder.config.heads, -1, -1)[:, s:] for m in masks])
+        masks = masks.to(stream[0].device, stream[0].dtype)         # (1 + cuts, 1 or H, n, T), the clean one first
+        points = sorted(((c, l) for c in range(len(own)) for l in range(L)), key=lambda cl: window(cl[1], k, L).start)
+        few = max(1, rows // (T - s))
+        for part in (points[i:i + few] for i in range(0, len(points), few)):
+            x = branches(decoder, stream, caches, masks, [(1 + c, window(l, k, L)) for c, l in part])
+            values.append(decoder.lm_head(decoder.norm(x[:, -1])).float().softmax(-1)[:, token])
+            places += [(own[c], l) for c, l in part]
+    p = dict(zip(places, map(finite, torch.cat(values).tolist()), strict=True))     # the first wait for the device
+    return [[p[c, l] for l in range(L)] for c in range(len(cuts))]
+
+
+def token_layers(T, L, cuts, k):
+    """How many tokens go through how many layers in a clean pass and `sweep`, in units of that clean pass."""
+    return 1 + sum((T - min(target)) * (L - window(l, k, L).start) for _, target in cuts for l in range(L)) / (T * L)
+
+
+def branches(decoder, stream, caches, masks, cuts):
+    """The residual stream (B, n, C) in which B branches end. cuts: for each, the number of its mask and the layers that
+    get it, those that open first in front. masks (M, 1 or H, n, T), the clean one first.
+    """
+    n, T = masks.shape[2:]
+    cos, sin = decoder.rope(torch.arange(T - n, T, device=masks.device))
+    which = torch.tensor([[m if i in layers else 0 for m, layers in cuts] for i in range(len(decoder.layers))])
+    which = which.to(masks.device)                                  # (L, B), moved here: no waiting between layers
+    x = stream[0][:, T - n:].expand(0, -1, -1)                      # (B, n, C), no branch yet
+    for i, layer in enumerate(decoder.layers):
+        new = sum(layers.start == i for _, layers in cuts)
+        x = torch.cat((x, stream[i][:, T - n:].expand(new, -1, -1)))
+        if len(x):
+            x = branch_layer(layer, x, cos, sin, [t[:, :, :T - n] for t in caches[i]], masks, which[i, :len(x)])
+    return x
+
+
+TREE_ROWS = 256                                    # see branch_layer; `python bench.py tree` measures it
+
+
+def branch_layer(layer, x, cos, sin, past, masks, which):
+    """One decoder layer for B branches x (B, n, C) with a common past [k, v] (1, H, s, D). which (B,): their masks.
+
+    Attention takes TREE_ROWS rows at a time as one sequence, past branch branch ..., whose mask keeps branches apart
+    (tree attention): a batch would need a copy of the past for each branch, one sequence of all of them would spend
+    most of its time on what the mask hides.
+    """
+    attention, few = layer.self_attn, max(1, TREE_ROWS // x.shape[1])
+    parts = zip(*(t.split(few) for t in attention.qkv(layer.input_layernorm(x), cos, sin)), which.split(few),
+                strict=True)                                        # q, k, v (b, H, n, D) and which (b,)
+    out = torch.cat([tree(attention.kernel, *qkv, past, masks[w]) for *qkv, w in parts])
+    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def tree(kernel, q, k, v, past, mask):
+    """Attention of B branches on past and self, as one sequence. mask (B, 1 or H, n, s + n) -> (B, H, n, D), as q"""
+    B, H, n, D = q.shape
+    M, s = mask.shape[1], past[0].shape[2]
+
+    def line(t):
+        return t.transpose(0, 1).reshape(1, t.shape[1], B * n, D)   # one branch after the other
+    k, v = (torch.cat((old, line(new)), 2) for old, new in zip(past, (k, v), strict=True))
+    k, v = (t.repeat_interleave(H // t.shape[1], 1) if H > t.shape[1] else t for t in (k, v))  # grouped keys
+    own = mask.new_full((M, B, n, B, n), -math.inf)
+    own.diagonal(0, 1, 3).copy_(mask[..., s:].permute(1, 2, 3, 0))  # only a branch's own rows are not hidden
+    mask = torch.cat((mask[..., :s].transpose(0, 1).reshape(M, B * n, s), own.reshape(M, B * n, B * n)), -1)
+    return kernel(line(q), k, v, mask[None]).view(H, B, n, D).transpose(0, 1)
+
+
 # ---------------------------------------------------------------------------------------------------- selfcheck
 
 @torch.inference_mode()
-def selfcheck(decoder, x, source, target, token, k, seed=0):
+def selfcheck(decoder, x, clean, source, target, token, k, heads=None, seed=0):
     """Is the cut what Eq. 7 says? -> list of (sentence, measured, passed); passed is None where it is to compare.
 
     Measured on the kernel that the experiment uses, with the window around the first, the middle and the last layer.
+    clean: x's clean_pass. The sweep is held against the plain loop at these layers.
     """
     T, L = x.shape[1], len(decoder.layers)
-    keep = causal(T, device=x.device)
-    clean, blocked = to_mask(keep), to_mask(cut(keep, source, target))
+    fast = sweep(decoder, *clean, [(source, target)], token, k, heads)[0]
+
+    def mask(places):
+        return blocked(decoder, T, places, target, heads).to(x.device)
+    closed = mask(source)
+    whole = to_mask(causal(T)).to(x.device).expand_as(closed)       # of the same shape: the kernel takes the same path
     cos, sin = decoder.rope(torch.arange(T, device=x.device))
-    leaked, before, below = [0.0], [0.0], [0.0]
-    for layers in (window(l, k, L) for l in {0, L // 2, L - 1}):
+    leaked, before, below, apart = [0.0], [0.0], [0.0], [0.0]
+    for l in {0, L // 2, L - 1}:
+        layers = window(l, k, L)
         a = b = x                                                   # the clean run and the one with the cut
         for i, layer in enumerate(decoder.layers):
             if i in layers:
-                leaked.append(attention_on(layer, b, cos, sin, blocked, source)[target].max().item())
-            a, b = layer(a, cos, sin, clean), layer(b, cos, sin, blocked if i in layers else clean)
+                seen = attention_on(layer, b, cos, sin, closed, source)[:, target]
+                leaked.append((seen if heads is None else seen[heads]).max().item())
+            a, b = layer(a, cos, sin, whole), layer(b, cos, sin, closed if i in layers else whole)
             moved = (a - b).abs().amax((0, 2))                      # (T,)
             before += moved[:min(target)].tolist()
             below += moved.tolist() if i < layers.start else []
-    base = forward(decoder, x, clean, clean, ())
-    empty = (forward(decoder, x, clean, to_mask(cut(keep, [], target)), range(L)) - base).abs().max().item()
+        plain = probability(decoder.lm_head(decoder.norm(b[0, -1])), token)
+        apart.append(abs(fast[l] - plain) / plain)
+    base = forward(decoder, x, whole, whole, ())
+    empty = (forward(decoder, x, whole, mask([]), range(L)) - base).abs().max().item()
 
     pool = [i for i in range(1, max(target)) if i not in target]    # position 0 soaks up attention in any model
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -126,22 +255,25 @@ def selfcheck(decoder, x, source, target, token, k, seed=0):
     p, middle = probability(base, token), window(L // 2, k, L)
 
     def change(places):
-        return percent(p, probability(forward(decoder, x, clean, to_mask(cut(keep, places, target)), middle), token))
+        return percent(p, probability(forward(decoder, x, whole, mask(places), middle), token))
+    exact = x.dtype in (torch.float32, torch.float64)               # else both round, each in its own way
     return [("attention still paid over a cut edge, largest", max(leaked), max(leaked) == 0),
             ("change of a row before the first target row, largest", max(before), max(before) == 0),
             ("change of a row in a layer below the window, largest", max(below), max(below) == 0),
             ("change of a logit when the source is empty, largest", empty, empty == 0),
+            ("probability by the sweep against the plain loop's, relative, largest", max(apart),
+             max(apart) < 1e-4 if exact else None),
             (f"change_percent around layer {L // 2}, source of {len(source)} tokens", change(source), None),
             (f"change_percent around layer {L // 2}, {len(drawn)} random tokens instead", change(drawn), None)]
 
 
 def attention_on(layer, x, cos, sin, mask, source):
-    """How much attention each row pays to the source keys, by the layer's own kernel: (T,), the largest over heads."""
+    """How much attention each row pays to the source keys, by the layer's own kernel: (H, T)."""
     q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)            # grouped keys serve several heads
     marked = torch.zeros_like(k)
     marked[:, :, source] = 1                                        # as values: the output is the attention on them
-    return layer.self_attn.kernel(q, k, marked, mask)[0, :, :, 0].amax(0)
+    return layer.self_attn.kernel(q, k, marked, mask)[0, :, :, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -152,35 +284,49 @@ EDGES = ("question->last", "image->last", "last->last", "image->question", "rela
          "other_patches->question")                # figures 3, 4 and 5; the last two need boxes
 
 
-def start(model, q, paper_spans):
-    """One question, ready to be cut: (prompt, embeddings, logits of its first answer token, caches)."""
-    p = q.prompt(model, paper_spans=paper_spans)
+def start(model, q, args):
+    """One question, ready to be cut -> (prompt, embeddings, its clean pass, token, probability of it, the answer).
+
+    token: the answer's first. With --subword last its last (figures 9-11): the answer's other tokens then follow the
+    prompt, and the group `last` is the position that predicts it.
+    """
+    p, d = q.prompt(model, paper_spans=args.paper_spans), model.decoder
     x = model.embed(p)
-    return p, x, *model.prefill(x, to_mask(causal(len(p), device=x.device)))        # the kernel of the cut runs
+    stream, caches = clean_pass(d, x)
+    logits = d.lm_head(d.norm(stream[-1][0, -1]))
+    ids, token = model.decode(logits, caches, 16), logits.argmax().item()
+    if args.subword == "last" and len(ids) > 1:
+        x, token = torch.cat((x, d.embed_tokens(torch.tensor([ids[:-1]], device=x.device))), 1), ids[-1]
+        p.groups["last"] = [x.shape[1] - 1]
+        stream, caches = clean_pass(d, x)
+        logits = d.lm_head(d.norm(stream[-1][0, -1]))
+    return p, x, (stream, caches), token, probability(logits, token), model.words(ids)
 
 
 def measure(model, q, args, strict):
     """Question -> (rows of knockout.csv, note for the run's summary). strict: a group that is empty is an error."""
     from eval_gqa import is_right
     from llava_min import EmptyGroup
-    p, x, logits, caches = start(model, q, args.paper_spans)
-    token, answer = logits.argmax().item(), model.words(model.decode(logits, caches, 16))
+    p, x, clean, token, p_base, answer = start(model, q, args)
     right = is_right(answer, q.answer)
     if not (right or args.all or strict):
         return [], {"right": False}
-    p_base, rows, skipped, cuts = probability(logits, token), [], {}, {}
-    for edge in args.edges:                                         # all of them before the first long curve
+    rows, skipped, cuts = [], {}, {}
+    for edge in args.edges:
         try:
             cuts[edge] = [p.positions(group) for group in edge]
-            to_mask(cut(causal(len(p)), *cuts[edge]))
+            blocked(model.decoder, x.shape[1], *cuts[edge], args.heads)
         except EmptyGroup as e:
             if strict:
                 raise
             skipped["->".join(edge)] = str(e)
         except ValueError as e:
             raise ValueError(f"{q.where or q.question} {'->'.join(edge)}: {e}") from e
-    for edge, (source, target) in cuts.items():
-        for layer, p_cut in enumerate(curve(model.decoder, x, source, target, token, args.window)):
+    how = token, args.window, args.heads
+    curves = [curve(model.decoder, x, *c, *how) for c in cuts.values()] if args.plain else (
+        sweep(model.decoder, *clean, list(cuts.values()), *how) if cuts else [])
+    for edge, points in zip(cuts, curves, strict=True):
+        for layer, p_cut in enumerate(points):
             rows.append([q.id, q.image.name if q.image else "", q.task, q.question, q.answer, answer,
                          model.tokenizer.id_to_token(token), "->".join(edge), args.window, layer, p_base, p_cut,
                          percent(p_base, p_cut)])
@@ -214,8 +360,8 @@ def main():
         "question": {k: v for k, v in vars(questions[0]).items() if k != "image"} if single else None,
         "image": file_hash(questions[0].image)[:16] if single and questions[0].image else None,
         "edges": ["->".join(e) for e in args.edges], "window": args.window, "limit": args.limit, "all": args.all,
-        "paper_spans": args.paper_spans}, model=files.name, origin=files.origin, revision=files.revision,
-        seed=args.seed)
+        "paper_spans": args.paper_spans, "heads": args.heads, "subword": args.subword, "plain": args.plain},
+        model=files.name, origin=files.origin, revision=files.revision, seed=args.seed)
     model = llava_min.load_files(files, args) if any(q.key not in run.done for q in questions) else None
     for q in run.todo(questions, key=lambda q: q.key):
         try:
@@ -247,11 +393,15 @@ def parse():
                        help="several edges in one run (those of figures 3-5)")
     group.add_argument("--window", type=count, metavar="K",
                        help="layers cut at once (9; 3 of the 10 layers of the bundled models)")
+    group.add_argument("--heads", type=heads, metavar="H,H", help="cut it for these heads only, of every layer (all)")
+    group.add_argument("--subword", choices=("first", "last"), default="first",
+                       help="which token of the answer counts; last: those before it follow the prompt (first)")
     group.add_argument("--paper-spans", action="store_true", help="find words as the paper's code does: hat in What")
     add_model_flags(parser)
     add_data_flags(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="out/knockout", metavar="DIR", help="folder of the results (out/knockout)")
+    group.add_argument("--plain", action="store_true", help="a forward pass per layer and edge: slow, the same curves")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="for --selfcheck's random source (0)")
     group.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
     group.add_argument("--selfcheck", action="store_true", help="check on these questions that it is Eq. 7, and stop")
@@ -264,6 +414,15 @@ def parse():
     args.edges = list(dict.fromkeys(map(parse_edge, edges)))
     args.window = args.window or (3 if args.model in BUNDLED else 9)
     return args
+
+
+def heads(text):
+    """argparse type: whole numbers from 0, separated by commas -> sorted list."""
+    import argparse
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of heads like 0,3")
+    return sorted(set(map(int, parts)))
 
 
 def show_groups(model, q, args):
@@ -287,11 +446,11 @@ def show_selfcheck(model, questions, args):
     from llava_min import EmptyGroup
     failed = checked = 0
     for q in questions:
-        p, x, logits, _ = start(model, q, args.paper_spans)
-        token = logits.argmax().item()
+        p, x, clean, token, _, _ = start(model, q, args)
         for edge in args.edges:
             try:
-                results = selfcheck(model.decoder, x, *map(p.positions, edge), token, args.window, args.seed)
+                results = selfcheck(model.decoder, x, clean, *map(p.positions, edge), token, args.window, args.heads,
+                                    args.seed)
             except EmptyGroup as e:
                 print(f"{q.key}  {'->'.join(edge)}: skipped, {e}")
                 continue

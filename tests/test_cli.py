@@ -106,7 +106,7 @@ def test_knockout_writes_a_row_per_question_edge_and_layer_equal_to_the_plain_cu
         for edge in edges:
             mine = [r for r in rows if r["question_id"] == q.id and r["edge"] == edge]
             points = knockout.curve(m.decoder, x, *map(p.positions, edge.split("->")), token, 3)
-            assert [float(r["p_knockout"]) for r in mine] == pytest.approx(points, rel=1e-6)
+            assert [float(r["p_knockout"]) for r in mine] == pytest.approx(points, rel=1e-5)
             for r in mine:
                 base, cut = float(r["p_base"]), float(r["p_knockout"])
                 assert base == pytest.approx(logits.softmax(-1)[token].item(), rel=1e-5)
@@ -115,6 +115,48 @@ def test_knockout_writes_a_row_per_question_edge_and_layer_equal_to_the_plain_cu
                 assert (r["image"], r["task"], r["window"]) == (q.image.name, "ChooseAttr", "3")
     image = Image.open(out / "knockout.png")
     assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize("flags", [(), ("--heads", "0,2"), ("--subword", "last")])
+def test_plain_gives_the_same_csv_as_the_sweep(call, data, checkpoint, tmp_path, flags):
+    argv = ("--model", checkpoint("llava-1.6"), *data, "--all", "--window", 2, "--dtype", "float32", *flags)
+    assert call(knockout.main, *argv, "--out", tmp_path / "fast")[0] == 0
+    assert call(knockout.main, *argv, "--plain", "--out", tmp_path / "slow")[0] == 0
+    fast, slow = (read(tmp_path / d / "knockout.csv") for d in ("fast", "slow"))
+    assert len(fast) == len(slow) > 0
+    for ours, theirs in zip(fast, slow, strict=True):
+        for column in ("p_base", "p_knockout"):
+            assert float(ours.pop(column)) == pytest.approx(float(theirs.pop(column)), rel=1e-5)
+        assert float(ours.pop("change_percent")) == pytest.approx(float(theirs.pop("change_percent")), abs=2e-3)
+        assert ours == theirs
+    refused(call(knockout.main, *argv, "--out", tmp_path / "slow"), "plain", tmp_path / "slow")
+
+
+def test_heads_change_what_is_cut_and_a_head_that_is_not_there_is_named(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--limit", 1, "--all", "--edge", "image->question")
+    for name, flags in (("all", ()), ("0", ("--heads", "0")), ("01", ("--heads", "0,1"))):
+        assert call(knockout.main, *argv, *flags, "--out", tmp_path / name)[0] == 0
+    curves = [[r["p_knockout"] for r in read(tmp_path / name / "knockout.csv")] for name in ("all", "0", "01")]
+    assert len({tuple(c) for c in curves}) == 3
+    refused(call(knockout.main, *argv, "--heads", "0,99", "--out", tmp_path / "no"), "head 99", "heads 0 to 3")
+    refused(call(knockout.main, *argv, "--heads", "0,x", "--out", tmp_path / "no"), "--heads", "'0,x'")
+
+
+def test_subword_last_is_measured_behind_the_answers_other_tokens(call, data, checkpoint, model, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->last", "--window", 2, "--dtype",
+            "float32", "--subword", "last", "--out", tmp_path / "out")
+    assert call(knockout.main, *argv)[0] == 0
+    rows, m, longer = read(tmp_path / "out" / "knockout.csv"), model("llava-1.5"), 0
+    for q in eval_gqa.read_csv(data[1], data[3]):
+        p = q.prompt(m)
+        ids = m.decode(*m.prefill(m.embed(p)), 16)
+        x = torch.cat((m.embed(p), m.decoder.embed_tokens(torch.tensor([ids[:-1]], dtype=torch.long))), 1)
+        mine = [r for r in rows if r["question_id"] == q.id]
+        points = knockout.curve(m.decoder, x, p.positions("image"), [x.shape[1] - 1], ids[-1], 2)
+        assert [float(r["p_knockout"]) for r in mine] == pytest.approx(points, rel=1e-5)
+        assert {r["token"] for r in mine} == {m.tokenizer.id_to_token(ids[-1])}
+        longer += len(ids) > 1
+    assert longer                                                   # answers of several tokens were among them
 
 
 def test_run_json_names_model_weights_and_settings(call, data, checkpoint, tmp_path):
@@ -193,7 +235,7 @@ def test_a_question_with_a_dollar_sign_is_drawn(call, photo, checkpoint, tmp_pat
 
 
 def test_every_edge_is_looked_up_before_the_first_is_measured(call, photo, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(knockout, "curve", None)
+    monkeypatch.setattr(knockout, "sweep", None)
     argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it red?", "--out", tmp_path / "out")
     refused(call(knockout.main, *argv, "--edge", "image->last", "true_option->last"), "true_option")
     refused(call(knockout.main, *argv, "--edge", "image->last", "system->system"), "system->system", "position(s) [0")

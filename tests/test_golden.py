@@ -160,20 +160,25 @@ def test_first_token_probability_and_greedy_answer_are_the_originals(name):
 
 @pytest.mark.parametrize("name", ["tiny-llava-1.5", "tiny-llava-1.6", "tiny-llama3-next"])
 def test_knockout_of_every_edge_window_and_layer_is_the_papers(name):
-    """A third of the rows, all nine edges, windows 1, 2, 3, 5, 9. The HF-layout copies have the same parameters."""
+    """A third of the rows, all nine edges, windows 1, 2, 3, 5, 9, by the sweep and, for a third of those, by the plain
+    loop, too. The HF-layout copies have the same parameters."""
     m, compared = model(name), 0
-    for row in golden(name)[::3]:
+    for i, row in enumerate(golden(name)[::3]):
         p, token, p1 = prompt(name, row["key"]), row["base"]["first_token_id"], row["base"]["p1"]
         x = m.embed(p)
-        for edge in EDGES:
-            groups = [positions(p, g) for g in llava_min.parse_edge(edge)]
-            for k, theirs in (row["flows"][edge] or {}).items():
-                if not all(groups):                                 # no patch of that kind: their cut changed nothing
-                    assert theirs["p2"] == pytest.approx([p1] * len(theirs["p2"]), rel=1e-4)
-                    continue
-                ours = knockout.curve(m.decoder, x, *groups, token, int(k))
-                assert ours == pytest.approx(theirs["p2"], rel=1e-4), (row["key"], edge, k)
-                for p2, change in zip(ours, theirs["rel_change_percent"], strict=True):
+        clean = knockout.clean_pass(m.decoder, x)
+        for k in sorted({int(k) for flows in row["flows"].values() for k in flows or {}}):
+            told = {edge: flows[str(k)] for edge, flows in row["flows"].items() if str(k) in (flows or {})}
+            cuts = {edge: [positions(p, g) for g in llava_min.parse_edge(edge)] for edge in told}
+            for edge in [edge for edge, groups in cuts.items() if not all(groups)]:     # no patch of that kind:
+                del cuts[edge]                                                          # their cut changed nothing
+                assert told[edge]["p2"] == pytest.approx([p1] * len(told[edge]["p2"]), rel=1e-4)
+            swept = knockout.sweep(m.decoder, *clean, list(cuts.values()), token, k)
+            for (edge, groups), ours in zip(cuts.items(), swept, strict=True):
+                assert ours == pytest.approx(told[edge]["p2"], rel=1e-4), (row["key"], edge, k)
+                if i % 3 == 0:
+                    assert knockout.curve(m.decoder, x, *groups, token, k) == pytest.approx(told[edge]["p2"], rel=1e-4)
+                for p2, change in zip(ours, told[edge]["rel_change_percent"], strict=True):
                     assert abs(knockout.percent(p1, p2) - change) <= 0.02 + 1e-4 * abs(change)
                 compared += 1
     assert compared > 500

@@ -3,7 +3,9 @@
 Eq. 7, windows and curves: closed forms, and what an intervention must not change.
 """
 import ast
+import copy
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,20 @@ import world
 
 import knockout
 import vicuna
-from knockout import causal, curve, cut, forward, percent, probability, selfcheck, to_mask, window
+from knockout import (
+    causal,
+    clean_pass,
+    curve,
+    cut,
+    forward,
+    percent,
+    probability,
+    selfcheck,
+    sweep,
+    to_mask,
+    token_layers,
+    window,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 VISUAL = ["llava-1.5", "llava-1.6", "llama3-next"]
@@ -34,7 +49,7 @@ def masks(x, source=(), target=()):
 
 
 @torch.inference_mode()
-def stream(m, x, mask, layers):
+def stream_of(m, x, mask=None, layers=()):
     """The residual stream entering every layer and leaving the last, (L + 1, T, C)."""
     cos, sin = m.decoder.rope(torch.arange(x.shape[1]))
     h = [x[0]]
@@ -124,10 +139,10 @@ def test_rows_before_the_target_and_layers_below_the_window_do_not_move(case):
     m, p, x, token = case
     question = p.positions("question")
     L = len(m.decoder.layers)
-    clean = stream(m, x, None, ())
+    clean = stream_of(m, x)
     for layer in range(L):
         layers = window(layer, 2, L)
-        h = stream(m, x, masks(x, p.positions("image"), question)[1], layers)
+        h = stream_of(m, x, masks(x, p.positions("image"), question)[1], layers)
         assert torch.equal(h[:, :question[0]], clean[:, :question[0]])
         assert torch.equal(h[:layers.start + 1], clean[:layers.start + 1])
         assert not torch.equal(h[layers.start + 1, question], clean[layers.start + 1, question])
@@ -141,8 +156,8 @@ def test_image_to_question_in_the_last_layer_alone_cannot_reach_the_answer(case)
 
 def test_last_to_last_moves_only_the_last_row(case):
     m, p, x, token = case
-    h = stream(m, x, masks(x, *[p.positions("last")] * 2)[1], range(99))
-    clean = stream(m, x, None, ())
+    h = stream_of(m, x, masks(x, *[p.positions("last")] * 2)[1], range(99))
+    clean = stream_of(m, x)
     assert torch.equal(h[:, :-1], clean[:, :-1]) and not torch.equal(h[:, -1], clean[:, -1])
 
 
@@ -172,14 +187,96 @@ def test_both_kernels_give_the_same_curve(case, kernel, monkeypatch):
     assert curve(m.decoder, x, p.positions("image"), p.positions("question"), token, 3) == pytest.approx(ours, rel=1e-5)
 
 
+# ---------------------------------------------------------------------------------------------------- the sweep
+
+def both(decoder, x, cuts, token, k, heads=None, **more):
+    """The curves of all cuts, by the sweep and by the plain loop, as two tensors (cuts, L)."""
+    swept = sweep(decoder, *clean_pass(decoder, x), cuts, token, k, heads, **more)
+    return torch.tensor(swept), torch.tensor([curve(decoder, x, *c, token, k, heads) for c in cuts])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 9])
+def test_the_sweep_is_the_plain_loop_for_every_group(case, k):
+    """All pairs of named groups that leave every row something to see, each with its own first row, in one call."""
+    m, p, x, token = case
+    groups, cuts = [p.positions(name) for name in p.groups], []
+    for source in groups:
+        for target in groups:
+            if cut(causal(len(p)), source, target).any(-1).all():
+                cuts.append((source, target))
+    cuts = cuts[::4] if k != 3 else cuts                            # three quarters are spared: the suite is to be fast
+    fast, slow = both(m.decoder, x, cuts, token, k)
+    assert len(cuts) > 20 and len({min(target) for _, target in cuts}) > 4
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_sweep_is_the_plain_loop_for_random_edges_windows_heads_and_chunks(case, seed):
+    """In float64, where only the softmax rounds to float32: what is left is not rounding of the layers."""
+    m, p, x, token = case
+    decoder, r = copy.deepcopy(m.decoder).double(), random.Random(seed)
+    T, L, H = x.shape[1], len(decoder.layers), decoder.config.heads
+    cuts = []
+    for _ in range(3):
+        target = sorted(r.sample(range(2, T), r.randint(1, 6)))
+        cuts.append((sorted(r.sample(range(1, T), r.randint(1, T // 2))), target))      # key 0 is left to look at
+    k, heads = r.randint(1, L + 2), r.choice([None, [0], sorted(r.sample(range(H), 2))])
+    fast, slow = both(decoder, x.double(), cuts, token, k, heads, rows=r.choice([1, 100, 8192]))
+    torch.testing.assert_close(fast, slow, rtol=1e-6, atol=0)
+
+
+def test_an_edge_cut_for_all_heads_is_the_edge_and_for_some_heads_another(case):
+    m, p, x, token = case
+    clean, cuts = clean_pass(m.decoder, x), [(p.positions("image"), p.positions("question"))]
+    H = m.decoder.config.heads
+    whole, all_heads, one = (sweep(m.decoder, *clean, cuts, token, 3, heads)[0] for heads in (None, range(H), [1]))
+    assert all_heads == pytest.approx(whole, rel=1e-6) and one != pytest.approx(whole, rel=1e-3)
+    with pytest.raises(ValueError, match=f"head {H} .* heads 0 to {H - 1}"):
+        sweep(m.decoder, *clean, cuts, token, 3, [0, H])
+
+
+def test_a_sweep_takes_as_many_token_layers_as_it_says_and_reads_a_cache_that_has_grown(case, monkeypatch):
+    m, p, x, token = case
+    T, L = x.shape[1], len(m.decoder.layers)
+    cuts = [(p.positions("image"), p.positions("question")), (p.positions("question"), p.positions("last"))]
+    rows, mlp = [], m.decoder_file.MLP
+    honest = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, h: rows.append(h.shape[:-1].numel()) or honest(self, h))
+    stream, caches = clean_pass(m.decoder, x)
+    fast = sweep(m.decoder, stream, caches, cuts, token, 3)
+    assert sum(rows) == pytest.approx(T * L * token_layers(T, L, cuts, 3))
+    monkeypatch.undo()
+    m.decode(m.decoder.lm_head(m.decoder.norm(stream[-1][0, -1])), caches, 3)
+    assert caches[0][0].shape[2] > T and sweep(m.decoder, stream, caches, cuts, token, 3) == fast
+
+
+def test_the_clean_pass_is_the_model(case):
+    m, p, x, token = case
+    stream, caches = clean_pass(m.decoder, x)
+    assert torch.equal(torch.cat(stream), stream_of(m, x))
+    for ours, theirs in zip(caches, m.prefill(x, masks(x)[0])[1], strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_sweep_that_would_see_nothing_or_is_not_a_number_is_refused(case):
+    m, p, x, token = case
+    with pytest.raises(ValueError, match=r"query position\(s\) \[0\]"):
+        sweep(m.decoder, *clean_pass(m.decoder, x), [([0], [0])], token, 3)
+    x = x.clone()
+    x[0, 3] = math.nan
+    with pytest.raises(FloatingPointError, match="--dtype"):
+        sweep(m.decoder, *clean_pass(m.decoder, x), [([1], [5])], token, 3)
+
+
 # ---------------------------------------------------------------------------------------------------- selfcheck
 
 @pytest.mark.parametrize("edge", [("image", "question"), ("question", "last"), ("last", "last"), ("system", "image")])
 def test_selfcheck_passes_on_every_kind_of_edge(case, edge):
     m, p, x, token = case
-    results = selfcheck(m.decoder, x, *map(p.positions, edge), token, 3)
-    assert [passed for _, _, passed in results] == [True] * 4 + [None] * 2
-    assert all(math.isfinite(value) for _, value, _ in results)
+    for heads in (None, [1, 2]):
+        results = selfcheck(m.decoder, x, clean_pass(m.decoder, x), *map(p.positions, edge), token, 3, heads)
+        assert [passed for _, _, passed in results] == [True] * 5 + [None] * 2
+        assert all(math.isfinite(value) for _, value, _ in results)
 
 
 def test_selfcheck_catches_a_kernel_that_leaks(case, monkeypatch):
@@ -188,23 +285,33 @@ def test_selfcheck_catches_a_kernel_that_leaks(case, monkeypatch):
     attend = m.decoder_file.attend
     monkeypatch.setattr(type(m.decoder.layers[0].self_attn), "kernel",
                         staticmethod(lambda q, k, v, mask: attend(q, k, v, mask.clamp(min=-5.0))))
-    results = selfcheck(m.decoder, x, p.positions("image"), p.positions("question"), token, 3)
+    results = selfcheck(m.decoder, x, clean_pass(m.decoder, x), p.positions("image"), p.positions("question"), token, 3)
     assert results[0][1] > 0 and results[0][2] is False
 
 
 def test_selfcheck_catches_a_cut_that_reaches_other_rows(case, monkeypatch):
     m, p, x, token = case
     honest = knockout.cut
-    monkeypatch.setattr(knockout, "cut", lambda keep, source, target: honest(keep, source, [source[-1], *target])
-                        if source else keep)
-    results = selfcheck(m.decoder, x, p.positions("image"), p.positions("question"), token, 3)
+    monkeypatch.setattr(knockout, "cut", lambda keep, source, target, heads=None: honest(
+        keep, source, [source[-1], *target], heads) if source else keep)
+    results = selfcheck(m.decoder, x, clean_pass(m.decoder, x), p.positions("image"), p.positions("question"), token, 3)
     assert results[1][2] is False
+
+
+def test_selfcheck_catches_a_sweep_that_is_not_the_plain_loop(case, monkeypatch):
+    m, p, x, token = case
+    honest = knockout.sweep
+    monkeypatch.setattr(knockout, "sweep", lambda *a: [[1.01 * v for v in curve] for curve in honest(*a)])
+    results = selfcheck(m.decoder, x, clean_pass(m.decoder, x), p.positions("image"), p.positions("question"), token, 3)
+    assert [passed for _, _, passed in results] == [True] * 4 + [False] + [None] * 2
+    assert results[4][1] == pytest.approx(0.01, rel=1e-2)
 
 
 def test_the_random_control_is_of_the_same_size_and_drawn_by_seed(case):
     m, p, x, token = case
     source, target = p.positions("related_patches"), p.positions("question")
-    runs = [selfcheck(m.decoder, x, source, target, token, 3, seed)[-1] for seed in (0, 0, 1)]
+    clean = clean_pass(m.decoder, x)
+    runs = [selfcheck(m.decoder, x, clean, source, target, token, 3, seed=seed)[-1] for seed in (0, 0, 1)]
     assert runs[0] == runs[1] and runs[0][1] != runs[2][1]
     assert f"{len(source)} random tokens" in runs[0][0]
 
