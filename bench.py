@@ -229,7 +229,7 @@ def sweep(args):
     def whole(cuts):
         return knockout.sweep(decoder, *knockout.clean_pass(decoder, q.x), cuts, 0, k)
 
-    sides = {"clean forward": lambda: decoder.lm_head(decoder.norm(decoder(q.x, clean)[0, -1])),
+    sides = {"clean forward": lambda: knockout.unembed(decoder, decoder(q.x, clean)[0, -1]),
              "sweep, six edges": lambda: found.update(sweep=whole(q.cuts)),
              "sweep, question->last": lambda: whole(q.cuts[:1]),
              "photo encoded, ours": encode[0]}
@@ -239,7 +239,8 @@ def sweep(args):
     # Every point of a curve costs the other two sides the same: so many of them, evenly spread, are timed in turns.
     points = [(e, l) for e in range(len(q.cuts)) for l in range(L)]
     timed = points[::max(1, len(points) // args.sample)][:args.sample]
-    slow = {"plain loop": lambda mask, layers: knockout.forward(decoder, q.x, clean, mask, layers)}
+    slow = {"plain loop": lambda mask, layers: knockout.unembed(
+        decoder, knockout.forward(decoder, q.x, clean, mask, layers)[0, -1])}
     if baseline:
         theirs, wide = theirs_of(decoder), clean.to(dtype)[None, None]
         slow["the paper's way"] = lambda mask, layers: papers_forward(theirs, encode[1], q.x, wide,

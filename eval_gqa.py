@@ -308,6 +308,67 @@ def read_questions(args, bad, vision=True):
     return [own_question(args, vision)]
 
 
+def prepare(args):
+    """Parsed flags -> (files of the model, questions, messages of rows left out). ValueError: no question is left."""
+    from llava_min import resolve, sees
+    bad, files = [], resolve(args.model, args.revision, args.vision_tower)
+    questions = read_questions(args, bad, vision=sees(files))
+    if not questions:
+        raise ValueError(f"no usable question: {bad[0]}")
+    return files, questions, bad
+
+
+def open_run(args, files, questions, name, columns, **settings):
+    """The runs.Run of an instrument. settings: what its numbers depend on besides the model and the questions."""
+    from llava_min import pick_device, pick_dtype, weights_hash
+    from runs import Run, file_hash
+    device, single = pick_device(args.device), not args.data
+    texts = [f for f in (files.config, files.tokenizer, files.generation, files.tower and files.tower.config) if f]
+    return Run(args.out, name, columns, {
+        "weights": weights_hash(files), "config": [file_hash(f)[:16] for f in texts], "device": device,
+        "dtype": str(pick_dtype(args.dtype, device, files)).removeprefix("torch."), "preprocess": args.preprocess,
+        "data": [f"{f.name} {file_hash(f)[:16]}" for f in data_files(args.data)],
+        "images": str(Path(args.images).resolve()) if args.images else None,
+        "question": {k: v for k, v in vars(questions[0]).items() if k != "image"} if single else None,
+        "image": file_hash(questions[0].image)[:16] if single and questions[0].image else None,
+        "limit": args.limit, "all": args.all, **settings},
+        model=files.name, origin=files.origin, revision=files.revision, seed=args.seed)
+
+
+def run_all(run, args, files, questions, bad, measure):
+    """Measure every question that the run lacks, and say what was counted and left out.
+
+    measure(model, question, args, strict) -> (rows, note); the note has "right" and may have "skipped", a dict of
+    what gave no row and why. ValueError: nothing was measured.
+    """
+    from llava_min import load_files
+    model = load_files(files, args) if any(q.key not in run.done for q in questions) else None
+    for q in run.todo(questions, key=lambda q: q.key):
+        try:
+            rows, note = measure(model, q, args, strict=not args.data)
+        except ValueError as e:
+            if not args.skip_bad:
+                raise
+            bad.append(str(e))
+            continue
+        run.write(q.key, rows, **note)
+    run.finish()
+    notes, known = list(run.done.values()), any(q.answer for q in questions)
+    right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
+    print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
+    for message in bad:
+        print(f"left out: {message}")
+    skipped = Counter((what, re.sub(r"'[^']*'|\"[^\"]*\"", "...", why))
+                      for note in notes for what, why in note.get("skipped", {}).items())
+    for (what, why), n in sorted(skipped.items()):
+        print(f"{what}: no row for {n} question{'s' * (n > 1)} ({why})")
+    if not run.rows_written():
+        wrong = known and not args.all and not any(note["right"] for note in notes)
+        raise ValueError("no row was measured: " + (
+            "no question was answered right; --all counts the others, too" if wrong else
+            "no question has the groups, or none could be used"))
+
+
 def own_question(args, vision):
     """--image, --question and their companions -> Question."""
     if args.image and not vision:

@@ -81,12 +81,18 @@ def blocked(decoder, T, source, target, heads=None):
 def forward(decoder, x, clean, blocked, layers):
     """The decoder's own loop with one difference: the layers in `layers` get the `blocked` mask.
 
-    x (1, T, C) embeddings; clean, blocked additive masks (T, T) or (H, T, T) -> logits of the last position (V,)
+    x (1, T, C) embeddings; clean, blocked additive masks (T, T) or (H, T, T) -> the last residual stream (1, T, C)
     """
     cos, sin = decoder.rope(torch.arange(x.shape[1], device=x.device))
     for i, layer in enumerate(decoder.layers):
         x = layer(x, cos, sin, blocked if i in layers else clean)
-    return decoder.lm_head(decoder.norm(x[0, -1]))
+    return x
+
+
+@torch.inference_mode()
+def unembed(decoder, x):
+    """Residual stream after the last layer (..., C) -> logits (..., V)."""
+    return decoder.lm_head(decoder.norm(x))
 
 
 def curve(decoder, x, source, target, token, k, heads=None):
@@ -96,7 +102,8 @@ def curve(decoder, x, source, target, token, k, heads=None):
     """
     T, L = x.shape[1], len(decoder.layers)
     clean, mask = to_mask(causal(T)).to(x.device), blocked(decoder, T, source, target, heads).to(x.device)
-    return [probability(forward(decoder, x, clean, mask, window(l, k, L)), token) for l in range(L)]
+    runs = (forward(decoder, x, clean, mask, window(l, k, L)) for l in range(L))
+    return [probability(unembed(decoder, h[0, -1]), token) for h in runs]
 
 
 def probability(logits, token):
@@ -141,8 +148,7 @@ def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=8192):
     stream at its window's first layer, with the n = T - s rows from s on, and looks back at the clean keys and values.
     The branches of all cuts with the same s go through a layer together.
 
-    stream, caches: from `clean_pass`; a cache may have grown since. rows: how many go through a layer at once; fewer
-    need less memory and read the weights more often.
+    stream, caches: from `clean_pass`; a cache may have grown since. rows: see `branches`.
     """
     T, L, places, values = stream[0].shape[1], len(decoder.layers), [], []
     for s in sorted({min(target) for _, target in cuts}):
@@ -151,11 +157,9 @@ def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=8192):
         masks = torch.stack([m.expand(1 if heads is None else decoder.config.heads, -1, -1)[:, s:] for m in masks])
         masks = masks.to(stream[0].device, stream[0].dtype)         # (1 + cuts, 1 or H, n, T), the clean one first
         points = sorted(((c, l) for c in range(len(own)) for l in range(L)), key=lambda cl: window(cl[1], k, L).start)
-        few = max(1, rows // (T - s))
-        for part in (points[i:i + few] for i in range(0, len(points), few)):
-            x = branches(decoder, stream, caches, masks, [(1 + c, window(l, k, L)) for c, l in part])
-            values.append(decoder.lm_head(decoder.norm(x[:, -1])).float().softmax(-1)[:, token])
-            places += [(own[c], l) for c, l in part]
+        x = branches(decoder, stream, caches, masks, [(1 + c, window(l, k, L)) for c, l in points], [-1], rows=rows)
+        values.append(unembed(decoder, x[:, 0]).float().softmax(-1)[:, token])
+        places += [(own[c], l) for c, l in points]
     p = dict(zip(places, map(finite, torch.cat(values).tolist()), strict=True))     # the first wait for the device
     return [[p[c, l] for l in range(L)] for c in range(len(cuts))]
 
@@ -165,28 +169,35 @@ def token_layers(T, L, cuts, k):
     return 1 + sum((T - min(target)) * (L - window(l, k, L).start) for _, target in cuts for l in range(L)) / (T * L)
 
 
-def branches(decoder, stream, caches, masks, cuts):
-    """The residual stream (B, n, C) in which B branches end. cuts: for each, the number of its mask and the layers that
-    get it, those that open first in front. masks (M, 1 or H, n, T), the clean one first.
+def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=8192):
+    """The residual stream (B, len(keep), C) in which the rows `keep` of B branches end, each with an intervention.
+
+    cuts: for each branch the number of its intervention and its layers, those that open first in front. masks
+    (M, 1 or H, n, T) of intervention 0, which is none, 1, .. gates (M, 2, n, 1): what attention's and the MLP's outputs
+    are multiplied with, row by row. rows: how many go through a layer at once; fewer need less memory and read the
+    weights more often.
     """
     n, T = masks.shape[2:]
     cos, sin = decoder.rope(torch.arange(T - n, T, device=masks.device))
-    which = torch.tensor([[m if i in layers else 0 for m, layers in cuts] for i in range(len(decoder.layers))])
-    which = which.to(masks.device)                                  # (L, B), moved here: no waiting between layers
-    x = stream[0][:, T - n:].expand(0, -1, -1)                      # (B, n, C), no branch yet
-    for i, layer in enumerate(decoder.layers):
-        new = sum(layers.start == i for _, layers in cuts)
-        x = torch.cat((x, stream[i][:, T - n:].expand(new, -1, -1)))
-        if len(x):
-            x = branch_layer(layer, x, cos, sin, [t[:, :, :T - n] for t in caches[i]], masks, which[i, :len(x)])
-    return x
+    few, found = max(1, rows // n), []
+    for part in (cuts[i:i + few] for i in range(0, len(cuts), few)):
+        which = torch.tensor([[m if i in layers else 0 for m, layers in part] for i in range(len(decoder.layers))])
+        which = which.to(masks.device)                              # (L, B), moved here: no waiting between layers
+        x = stream[0][:, T - n:].expand(0, -1, -1)                  # (B, n, C), no branch yet
+        for i, layer in enumerate(decoder.layers):
+            new = sum(layers.start == i for _, layers in part)
+            x = torch.cat((x, stream[i][:, T - n:].expand(new, -1, -1)))
+            past = [t[:, :, :T - n] for t in caches[i]]
+            x = branch_layer(layer, x, cos, sin, past, masks, which[i, :len(x)], gates) if len(x) else x
+        found.append(x[:, keep])
+    return torch.cat(found)
 
 
 TREE_ROWS = 256                                    # see branch_layer; `python bench.py tree` measures it
 
 
-def branch_layer(layer, x, cos, sin, past, masks, which):
-    """One decoder layer for B branches x (B, n, C) with a common past [k, v] (1, H, s, D). which (B,): their masks.
+def branch_layer(layer, x, cos, sin, past, masks, which, gates=None):
+    """One decoder layer for B branches x (B, n, C) with a common past [k, v] (1, H, s, D). which (B,): interventions.
 
     Attention takes TREE_ROWS rows at a time as one sequence, past branch branch ..., whose mask keeps branches apart
     (tree attention): a batch would need a copy of the past for each branch, one sequence of all of them would spend
@@ -196,8 +207,9 @@ def branch_layer(layer, x, cos, sin, past, masks, which):
     parts = zip(*(t.split(few) for t in attention.qkv(layer.input_layernorm(x), cos, sin)), which.split(few),
                 strict=True)                                        # q, k, v (b, H, n, D) and which (b,)
     out = torch.cat([tree(attention.kernel, *qkv, past, masks[w]) for *qkv, w in parts])
-    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    a, f = (1, 1) if gates is None else gates[which].unbind(1)
+    x = x + a * attention.o_proj(out.transpose(1, 2).flatten(2))
+    return x + f * layer.mlp(layer.post_attention_layernorm(x))
 
 
 def tree(kernel, q, k, v, past, mask):
@@ -244,10 +256,13 @@ def selfcheck(decoder, x, clean, source, target, token, k, heads=None, seed=0):
             moved = (a - b).abs().amax((0, 2))                      # (T,)
             before += moved[:min(target)].tolist()
             below += moved.tolist() if i < layers.start else []
-        plain = probability(decoder.lm_head(decoder.norm(b[0, -1])), token)
+        plain = probability(unembed(decoder, b[0, -1]), token)
         apart.append(abs(fast[l] - plain) / plain)
-    base = forward(decoder, x, whole, whole, ())
-    empty = (forward(decoder, x, whole, mask([]), range(L)) - base).abs().max().item()
+
+    def run(mask, layers):
+        return unembed(decoder, forward(decoder, x, whole, mask, layers)[0, -1])
+    base = run(whole, ())
+    empty = (run(mask([]), range(L)) - base).abs().max().item()
 
     pool = [i for i in range(1, max(target)) if i not in target]    # position 0 soaks up attention in any model
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -255,7 +270,7 @@ def selfcheck(decoder, x, clean, source, target, token, k, heads=None, seed=0):
     p, middle = probability(base, token), window(L // 2, k, L)
 
     def change(places):
-        return percent(p, probability(forward(decoder, x, whole, mask(places), middle), token))
+        return percent(p, probability(run(mask(places), middle), token))
     exact = x.dtype in (torch.float32, torch.float64)               # else both round, each in its own way
     return [("attention still paid over a cut edge, largest", max(leaked), max(leaked) == 0),
             ("change of a row before the first target row, largest", max(before), max(before) == 0),
@@ -293,13 +308,13 @@ def start(model, q, args):
     p, d = q.prompt(model, paper_spans=args.paper_spans), model.decoder
     x = model.embed(p)
     stream, caches = clean_pass(d, x)
-    logits = d.lm_head(d.norm(stream[-1][0, -1]))
+    logits = unembed(d, stream[-1][0, -1])
     ids, token = model.decode(logits, caches, 16), logits.argmax().item()
     if args.subword == "last" and len(ids) > 1:
         x, token = torch.cat((x, d.embed_tokens(torch.tensor([ids[:-1]], device=x.device))), 1), ids[-1]
         p.groups["last"] = [x.shape[1] - 1]
         stream, caches = clean_pass(d, x)
-        logits = d.lm_head(d.norm(stream[-1][0, -1]))
+        logits = unembed(d, stream[-1][0, -1])
     return p, x, (stream, caches), token, probability(logits, token), model.words(ids)
 
 
@@ -334,48 +349,22 @@ def measure(model, q, args, strict):
 
 
 def main():
-    from pathlib import Path
-
     import llava_min
     import plots
-    from eval_gqa import data_files, read_questions
-    from runs import Run, file_hash
+    from eval_gqa import open_run, prepare, run_all
     args = parse()
-    bad = []
-    files = llava_min.resolve(args.model, args.revision, args.vision_tower)
-    questions = read_questions(args, bad, vision=llava_min.sees(files))
-    single = not args.data
-    if not questions:
-        raise ValueError(f"no usable question: {bad[0]}")
+    files, questions, bad = prepare(args)
     if args.groups or args.selfcheck:
         model = llava_min.load_files(files, args)
         return show_groups(model, questions[0], args) if args.groups else show_selfcheck(model, questions, args)
-    device = llava_min.pick_device(args.device)
-    texts = [f for f in (files.config, files.tokenizer, files.generation, files.tower and files.tower.config) if f]
-    run = Run(args.out, "knockout.csv", COLUMNS, {
-        "weights": llava_min.weights_hash(files), "config": [file_hash(f)[:16] for f in texts], "device": device,
-        "dtype": str(llava_min.pick_dtype(args.dtype, device, files)).removeprefix("torch."),
-        "preprocess": args.preprocess, "data": [f"{f.name} {file_hash(f)[:16]}" for f in data_files(args.data)],
-        "images": str(Path(args.images).resolve()) if args.images else None,
-        "question": {k: v for k, v in vars(questions[0]).items() if k != "image"} if single else None,
-        "image": file_hash(questions[0].image)[:16] if single and questions[0].image else None,
-        "edges": ["->".join(e) for e in args.edges], "window": args.window, "limit": args.limit, "all": args.all,
-        "paper_spans": args.paper_spans, "heads": args.heads, "subword": args.subword, "plain": args.plain},
-        model=files.name, origin=files.origin, revision=files.revision, seed=args.seed)
-    model = llava_min.load_files(files, args) if any(q.key not in run.done for q in questions) else None
-    for q in run.todo(questions, key=lambda q: q.key):
-        try:
-            rows, note = measure(model, q, args, strict=single)
-        except ValueError as e:
-            if not args.skip_bad:
-                raise
-            bad.append(str(e))
-            continue
-        run.write(q.key, rows, **note)
-    run.finish()
+    run = open_run(args, files, questions, "knockout.csv", COLUMNS, edges=["->".join(e) for e in args.edges],
+                   window=args.window, paper_spans=args.paper_spans, heads=args.heads, subword=args.subword,
+                   plain=args.plain)
+    run_all(run, args, files, questions, bad, measure)
     picture = run.csv.with_suffix(".png")
-    drawn = plots.knockout(run.csv, picture) if run.rows_written() else {}
-    report(run, bad, drawn, args, known=any(q.answer for q in questions))
+    for (task, edge), (layers, mean, n) in plots.knockout(run.csv, picture).items():
+        change, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
+        print(f"{task}, {edge}: largest mean change {change:+.1f} %, around layer {layer} (n = {n})")
     print(f"wrote {run.csv}, {picture} and {run.info}")
 
 
@@ -463,32 +452,6 @@ def show_selfcheck(model, questions, args):
         raise ValueError("no edge could be checked: the questions do not have the groups")
     print(f"{checked} edges checked, {failed} checks failed")
     sys.exit(1 if failed else 0)
-
-
-def report(run, bad, drawn, args, known):
-    """What the run counted, found and left out, on stdout. drawn: what plots.knockout returned. known: answers are.
-
-    ValueError: nothing was measured.
-    """
-    import re
-    from collections import Counter
-    notes = list(run.done.values())
-    right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
-    print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
-    for message in bad:
-        print(f"left out: {message}")
-    skipped = Counter((edge, re.sub(r"'[^']*'|\"[^\"]*\"", "...", why))
-                      for note in notes for edge, why in note.get("skipped", {}).items())
-    for (edge, why), n in sorted(skipped.items()):
-        print(f"{edge}: no row for {n} question{'s' * (n > 1)} ({why})")
-    if not drawn:
-        wrong = known and not args.all and not any(note["right"] for note in notes)
-        raise ValueError("no row was measured: " + (
-            "no question was answered right; --all counts the others, too" if wrong else
-            "no question has the groups, or none could be used"))
-    for (task, edge), (layers, mean, n) in drawn.items():
-        change, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
-        print(f"{task}, {edge}: largest mean change {change:+.1f} %, around layer {layer} (n = {n})")
 
 
 if __name__ == "__main__":

@@ -78,33 +78,66 @@ def knockout(file, picture):
     -> what was drawn: {(task, edge): (layers, mean changes in percent, number of questions)}
     """
     rows = read(file, ("task", "edge", "window", "layer", "change_percent", "question_id"))
-    curves = defaultdict(lambda: defaultdict(dict))                 # task -> edge -> question -> {layer: change}
+    return curves(file, rows, picture, "edge", "change_percent", 1, f"Attention knockout, window {windows(rows)}",
+                  "layer at the centre of the window", "change of P(answer), %", 0)
+
+
+def lens(file, picture):
+    """lens.csv -> a picture: a panel per task, a curve per kind of word, in percent. Returns as `knockout` does."""
+    rows = read(file, ("task", "kind", "layer", "probability", "question_id", "norm"))
+    how = {"raw": "the residual stream as it is (the last layer's through the final norm)",
+           "final": "every layer through the final norm"}
+    norms = ", ".join(how.get(norm, norm) for norm in dict.fromkeys(row["norm"] for row in rows))
+    return curves(file, rows, picture, "kind", "probability", 100, f"Logit lens at the last position: {norms}",
+                  "after layer (0: embedding)", "probability, %")
+
+
+def jaccard(file, picture):
+    """jaccard.csv -> a picture: a panel per task, a curve per intervention. Returns as `knockout` does."""
+    rows = read(file, ("task", "intervention", "window", "layer", "jaccard", "question_id"))
+    where = {"->" in row["intervention"] for row in rows}           # an edge's window is centred, a module's starts
+    return curves(file, rows, picture, "intervention", "jaccard", 1,
+                  f"The question's likeliest words with and without, window {windows(rows)}", {
+                      (True,): "layer at the centre of the window", (False,): "first layer of the window",
+                      (False, True): "window's first layer (edges: its centre)"}[tuple(sorted(where))],
+                  "Jaccard similarity", 1)
+
+
+def windows(rows):
+    return ", ".join(dict.fromkeys(row["window"] for row in rows))
+
+
+def curves(file, rows, picture, series, value, scale, title, x_label, y_label, level=None):
+    """Rows of a run's CSV -> a panel per task, a curve over layers per `series`: means with 95 % intervals.
+
+    level: where to draw a line that means no change. -> {(task, series): (layers, means, number of questions)}
+    """
+    found = defaultdict(lambda: defaultdict(dict))                  # task -> series -> question -> {layer: value}
     for line, row in enumerate(rows, 2):
-        question = curves[row["task"]][row["edge"]].setdefault((row["question_id"], row["window"]), {})
+        question = found[row["task"]][row[series]].setdefault((row["question_id"], row.get("window")), {})
         try:
-            question[int(row["layer"])] = float(row["change_percent"])
+            question[int(row["layer"])] = scale * float(row[value])
         except (TypeError, ValueError):
-            raise ValueError(f"{file}, row {line}: layer or change_percent is not a number") from None
-    if len({tuple(q) for by_edge in curves.values() for questions in by_edge.values() for q in questions.values()}) > 1:
-        raise ValueError(f"{file} does not have the same layers for every question and edge")
-    edges = list(dict.fromkeys(row["edge"] for row in rows))
-    window = ", ".join(dict.fromkeys(row["window"] for row in rows))
-    fig, axes = figure(len(curves), f"Attention knockout, window {window}", "layer at the centre of the window",
-                       "change of P(answer), %")
+            raise ValueError(f"{file}, row {line}: layer or {value} is not a number") from None
+    if len({tuple(q) for named in found.values() for questions in named.values() for q in questions.values()}) > 1:
+        raise ValueError(f"{file} does not have the same layers for every question and {series}")
+    names = list(dict.fromkeys(row[series] for row in rows))
+    fig, axes = figure(len(found), title, x_label, y_label)
     lines, drawn = {}, {}
-    for ax, (task, by_edge) in zip(axes, curves.items(), strict=True):
+    for ax, (task, named) in zip(axes, found.items(), strict=True):
         counts = []
-        for edge, questions in by_edge.items():
+        for name, questions in named.items():
             layers = sorted({l for q in questions.values() for l in q})
             values = [[q[l] for l in layers] for q in questions.values()]
             mean, half = mean_interval(values)
-            colour = COLOURS[edges.index(edge) % len(COLOURS)]
-            style = ("-", "--", ":")[edges.index(edge) // len(COLOURS) % 3]
-            lines[edge], = ax.plot(layers, mean, style, color=colour, linewidth=1.6, marker="o", markersize=2.5)
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            style = ("-", "--", ":")[names.index(name) // len(COLOURS) % 3]
+            lines[name], = ax.plot(layers, mean, style, color=colour, linewidth=1.6, marker="o", markersize=2.5)
             ax.fill_between(layers, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
             counts.append(len(values))
-            drawn[task, edge] = layers, mean.tolist(), len(values)
-        ax.axhline(0, color="#666666", linewidth=0.8, zorder=0)
+            drawn[task, name] = layers, mean.tolist(), len(values)
+        if level is not None:
+            ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
         n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
         ax.set_title(f"{task} (n = {n})", fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -114,6 +147,65 @@ def knockout(file, picture):
         text.set_parse_math(False)
     save(fig, picture)
     return drawn
+
+
+def words(title, heads, cells, shares, picture):
+    """A grid of words, layer 0 lowest, coloured by probability. cells, shares: a row per layer, a column per head."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    shares, longest = np.asarray(shares), max(len(word) for row in (heads, *cells) for word in row)
+    wide = max(5.0, 0.8 + len(heads) * max(0.6, 0.09 * longest))
+    fig, ax = plt.subplots(figsize=(wide, 1.5 + 0.24 * len(cells)), layout="constrained")
+    shown = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
+    for y, row in enumerate(cells):
+        for x, word in enumerate(row):
+            ax.text(x, y, drawable(word), ha="center", va="center", fontsize=7, parse_math=False,
+                    color="white" if shares[y, x] > 0.55 else "black")
+    ax.set_xticks(range(len(heads)), [drawable(head) for head in heads], fontsize=8, rotation=0 if longest < 6 else 30)
+    for label in ax.get_xticklabels():
+        label.set_parse_math(False)
+    ax.set_yticks(range(len(cells)), range(len(cells)), fontsize=7)
+    ax.set_ylabel("after layer (0: embedding)", fontsize=9)
+    fig.colorbar(shown, label="probability", shrink=0.6)
+    fig.suptitle(title, fontsize=9, parse_math=False)
+    save(fig, picture)
+
+
+def patch_words(image, title, boxes, cells, shares, picture):
+    """Words over the patches of a photo, coloured by probability: a panel for patches of one size.
+
+    image: PIL. boxes (n, 4): x0, y0, x1, y1 of each patch on the photo, NaN for none. cells, shares: n each.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+    sizes = defaultdict(list)                                       # the whole view and AnyRes tiles differ
+    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        if x0 == x0:
+            sizes[round((x1 - x0) * (y1 - y0), 1)].append(i)
+    kinds = sorted(sorted(sizes.values(), key=len)[-2:], key=len)
+    fig, axes = figure(len(kinds), title, "", "")
+    fig.set_size_inches(fig.get_size_inches() * (1 + max(map(len, kinds)) ** 0.5 / 12))
+    for ax, mine in zip(axes, kinds, strict=True):
+        ax.imshow(image, alpha=0.6)
+        ax.grid(False)
+        ax.axis("off")
+        for i in mine:
+            x0, y0, x1, y1 = boxes[i].tolist()
+            ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colormaps["Blues"](shares[i]),
+                                   alpha=0.45, edgecolor="white", linewidth=0.3))
+            room = 72 * fig.get_figwidth() / len(kinds) * (x1 - x0) / image.width           # points
+            ax.text((x0 + x1) / 2, (y0 + y1) / 2, drawable(cells[i])[:9], ha="center", va="center",
+                    fontsize=min(10, room / 6), parse_math=False)
+        ax.set_title(f"{len(mine)} patches", fontsize=8)
+    save(fig, picture)
+
+
+def drawable(text):
+    """Text with a box for each letter that the picture's font lacks, so that none is left out without a word."""
+    from matplotlib import font_manager, ft2font
+    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
+    return "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "\u25a1" for c in text)
 
 
 def groups(image, prompt, boxes, annotated, picture):
@@ -144,11 +236,13 @@ def groups(image, prompt, boxes, annotated, picture):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", metavar="CSV", help="a knockout.csv")
+    parser.add_argument("csv", metavar="CSV", help="a knockout.csv, lens.csv or jaccard.csv")
     parser.add_argument("--out", metavar="PNG", help="the picture's file (beside the CSV)")
     args = parser.parse_args()
     picture = args.out or Path(args.csv).with_suffix(".png")
-    knockout(args.csv, picture)
+    draw = {"kind": lens, "intervention": jaccard}
+    head = read(args.csv, ("layer",))[0]
+    next((draw[column] for column in draw if column in head), knockout)(args.csv, picture)
     print(f"wrote {picture}")
 
 

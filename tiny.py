@@ -903,7 +903,7 @@ def cut_everywhere(model, questions, edges):
     from tqdm import tqdm
 
     from eval_gqa import is_right
-    from knockout import causal, cut, forward, to_mask
+    from knockout import causal, cut, forward, to_mask, unembed
     from llava_min import EmptyGroup, parse_edge
     right, L = defaultdict(lambda: defaultdict(list)), len(model.decoder.layers)
     for q in tqdm(questions, desc="cut in all layers", unit="question", dynamic_ncols=True):
@@ -914,7 +914,7 @@ def cut_everywhere(model, questions, edges):
                 blocked = to_mask(cut(keep, *map(p.positions, parse_edge(edge))))
             except EmptyGroup:
                 continue
-            token = forward(model.decoder, x, None, blocked, range(L)).argmax().item()
+            token = unembed(model.decoder, forward(model.decoder, x, None, blocked, range(L))[0, -1]).argmax().item()
             right[edge][q.task].append(is_right(model.words([token]), q.answer))
     return {edge: {task: (len(r), sum(r) / len(r)) for task, r in sorted(right[edge].items())} for edge in edges}
 

@@ -33,3 +33,40 @@ def model(checkpoint):
     def loaded(kind):
         return llava_min.load(str(checkpoint(kind)), dtype="float32", device="cpu")
     return loaded
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(main, *argv) -> (exit code, stdout, stderr)."""
+    monkeypatch.delenv("LLAVA_FLOW_TRACEBACK", raising=False)
+
+    from runs import cli
+
+    def run(main, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            cli(main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A question file in the paper's columns, with its pictures -> its flags."""
+    import world
+    from commands import HEADER, ROWS
+    world.picture(90, 60).save(tmp_path / "a.jpg")
+    world.picture(60, 90).save(tmp_path / "b.jpg")
+    (tmp_path / "x_ChooseAttr.csv").write_text("\n".join([HEADER, *ROWS]) + "\n")
+    return "--data", tmp_path / "x_ChooseAttr.csv", "--images", tmp_path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    import world
+    world.picture(90, 60).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"

@@ -3,10 +3,8 @@
 The command lines: what they write, how a run goes on, and one line and exit code 2 for every kind of bad input. Most
 calls run main() in this process, through the same wrapper as the shell's; a few start a process.
 """
-import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import world
+from commands import HEADER, ROWS, read, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,63 +22,8 @@ import knockout
 import llava_min
 import plots
 import vicuna
-from runs import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADER = ("question_id,img_id,question,answer,true option,false option,central object name,image_w,image_h,"
-          "central object x,central object y,central object w,central object h")
-ROWS = ["01,a,Is the cup red or blue?,red,red,blue,cup,90,60,20,10,40,30",
-        "02,b,Is the cup full or empty?,full,full,empty,cup,60,90,5,5,30,60",
-        "03,a,Is the lamp on or off?,on,on,off,lamp,90,60,0,0,80,50"]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(main, *argv) -> (exit code, stdout, stderr)."""
-    monkeypatch.delenv("LLAVA_FLOW_TRACEBACK", raising=False)
-
-    def run(main, *argv):
-        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
-        capsys.readouterr()
-        try:
-            cli(main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-    return run
-
-
-@pytest.fixture
-def data(tmp_path):
-    """A question file in the paper's columns, with its pictures -> its flags."""
-    world.picture(90, 60).save(tmp_path / "a.jpg")
-    world.picture(60, 90).save(tmp_path / "b.jpg")
-    (tmp_path / "x_ChooseAttr.csv").write_text("\n".join([HEADER, *ROWS]) + "\n")
-    return "--data", tmp_path / "x_ChooseAttr.csv", "--images", tmp_path
-
-
-@pytest.fixture
-def photo(tmp_path):
-    world.picture(90, 60).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
-def read(file):
-    with open(file, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
-
-
-def refused(result, *words):
-    """Exit code 2, nothing on stdout, one "error:" line that has the words (the model's own line and the bar aside)."""
-    code, out, err = result
-    lines = [line for line in err.replace("\r", "\n").splitlines()
-             if line.strip() and not line.startswith("model ") and not re.search(r"\d+/\d+ \[", line)]
-    assert (code, out) == (2, ""), (code, out, err)
-    assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in err, err
-    assert len(lines[0]) < 700
-    for word in words:
-        assert str(word) in lines[0], f"{word!r} not in {lines[0]!r}"
 
 
 # ---------------------------------------------------------------------------------------------------- what they write

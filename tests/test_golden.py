@@ -21,6 +21,7 @@ import torch
 import clip_vit
 import eval_gqa
 import knockout
+import lens
 import llama3
 import llava_min
 import vicuna
@@ -182,6 +183,28 @@ def test_knockout_of_every_edge_window_and_layer_is_the_papers(name):
                     assert abs(knockout.percent(p1, p2) - change) <= 0.02 + 1e-4 * abs(change)
                 compared += 1
     assert compared > 500
+
+
+@pytest.mark.parametrize("name", ["tiny-llava-1.5", "tiny-llava-1.6", "tiny-llama3-next"])
+def test_the_raw_lens_of_the_answers_words_is_the_papers(name):
+    m, labels = model(name), {
+        "answer_lower": "Noncapitalized Answer", "answer_capitalized": "Capitalized Answer",
+        "false_lower": "Noncapitalized False Option", "false_capitalized": "Capitalized False Option"}
+    for row in golden(name):
+        q, told = questions()[row["key"]], row["logit_lens"]
+        stream, _ = knockout.clean_pass(m.decoder, m.embed(prompt(name, row["key"])))
+        p = lens.lens(m.decoder, stream, [-1], "raw")[:, 0]
+        words = dict(lens.tracked(q, ""))
+        assert {labels[kind] for kind in words} == set(told["words"])
+        for kind, word in words.items():
+            theirs = told["words"][labels[kind]]
+            token = m.tokenizer.encode(word, add_special_tokens=False).ids[0]
+            assert (word, token) == (theirs["word"], theirs["token_id"])
+            assert (100 * p[:, token]).tolist() == pytest.approx(theirs["percent"], rel=2e-4)
+        first = row["base"]["first_token_id"]
+        assert (100 * p[:, first]).tolist() == pytest.approx(told["predicted_first_token_percent"], rel=2e-4)
+        for layer, top in enumerate(told["top5"]):
+            assert p[layer].topk(5).values.tolist() == pytest.approx([value for _, value in top], rel=2e-4)
 
 
 @pytest.mark.parametrize("hf, original", [(f"{n}-hf", n) for n in ("tiny-llava-1.5", "tiny-llava-1.6")])

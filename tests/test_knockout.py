@@ -19,7 +19,6 @@ from knockout import (
     clean_pass,
     curve,
     cut,
-    forward,
     percent,
     probability,
     selfcheck,
@@ -41,6 +40,11 @@ def case(request, model):
                  objects=["cup"], boxes=[(20, 10, 40, 30)])
     x = m.embed(p)
     return m, p, x, m.prefill(x)[0].argmax().item()
+
+
+def forward(*args):
+    """Logits (V,) of the last position."""
+    return knockout.unembed(args[0], knockout.forward(*args)[0, -1])
 
 
 def masks(x, source=(), target=()):
