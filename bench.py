@@ -189,7 +189,7 @@ def encoders(name, width, dtype, device, with_theirs):
     pixels = torch.randn(SHAPES[name][2], 3, c.image, c.image, generator=torch.Generator().manual_seed(2)).to(device)
     layers = torch.nn.Linear(c.width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
     projector = fill(torch.nn.Sequential(*layers)).to(device, dtype)
-    tower = fill(clip_vit.ClipViT(c)).to(device).eval()
+    tower = fill(clip_vit.CLIP(c)).to(device).eval()
     found = [lambda: projector(tower(pixels, -2)[:, 1:].to(dtype))]
     if with_theirs:
         from transformers import CLIPVisionConfig, CLIPVisionModel
