@@ -6,6 +6,7 @@ Needs   transformers beside the project's own requirements (pip install transfor
 Run     python bench.py forward                  one clean forward pass at 7B widths against transformers with SDPA
         python bench.py load                     loading a sharded checkpoint: seconds and peak memory
         python bench.py tree                     knockout.TREE_ROWS: how many rows attention should take at a time
+        python bench.py prune --layers 8         prefill without the image in the upper layers: time and FLOPs saved
         python bench.py sweep --model llava-1.5-7b --layers 8          knockout of figures 3-5, all layers of six edges:
                                                  in one pass, the plain way, and the paper's way in transformers
 
@@ -29,7 +30,9 @@ import torch
 
 import clip_vit
 import knockout
+import lens
 import llama3
+import prune
 import vicuna
 from runs import Parser, cli, count, machine, versions
 
@@ -229,9 +232,12 @@ def sweep(args):
     def whole(cuts):
         return knockout.sweep(decoder, *knockout.clean_pass(decoder, q.x), cuts, 0, k)
 
+    asked, stream = q.cuts[3][1], knockout.clean_pass(decoder, q.x)[0]
     sides = {"clean forward": lambda: knockout.unembed(decoder, decoder(q.x, clean)[0, -1]),
              "sweep, six edges": lambda: found.update(sweep=whole(q.cuts)),
              "sweep, question->last": lambda: whole(q.cuts[:1]),
+             "lens, last position": lambda: lens.lens(decoder, stream, [-1]),
+             "module knockout, both": lambda: lens.module_curves(decoder, *knockout.clean_pass(decoder, q.x), asked, k),
              "photo encoded, ours": encode[0]}
     seconds = interleave(sides, args.repeats, args.device)
     peaks = {name: peak(run, args.device) for name, run in sides.items()}
@@ -259,7 +265,8 @@ def sweep(args):
                 peaks[name] = peak(lambda run=run, mask=mask: run(mask, ()), args.device)
     one, forwards = statistics.median(seconds["clean forward"]), 1 + len(points)
     counts = {"clean forward": 1, "sweep, six edges": knockout.token_layers(q.T, L, q.cuts, k),
-              "sweep, question->last": knockout.token_layers(q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards)}
+              "sweep, question->last": knockout.token_layers(q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards),
+              "module knockout, both": 1 + (2 * sum(L - l for l in range(L)) + L) * (q.T - min(asked)) / (q.T * L)}
     floors = {"clean forward": 1, "sweep, six edges": floor(c, q.T, L, q.cuts, k),
               "sweep, question->last": floor(c, q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards)}
     rows = []
@@ -272,17 +279,11 @@ def sweep(args):
     head = ["side", "seconds", "fastest", "slowest", "clean forwards", "token-layers", "FLOPs", "peak MB", "timed"]
     print(f"{args.model}, {L} layers, {args.dtype} on {args.device}, {q.T} tokens, window {k}, {forwards} forwards the "
           f"plain way; token-layers and FLOPs in clean forwards; peak memory on top of the weights")
-    for row in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(map(str, row)) + " |")
+    table([head, *rows], args.out / f"sweep_{args.model}_{L}_{args.dtype}_{args.device}.csv")
     ours = statistics.median(seconds["sweep, six edges"])
     for name, gap in gaps.items():
         print(f"{name}: {statistics.median(seconds[name]) * forwards / ours:.1f} times the sweep; probabilities differ "
               f"by {statistics.median(gap):.1e} in the median, {max(gap):.1e} at most, relative")
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"sweep_{args.model}_{L}_{args.dtype}_{args.device}.csv"
-    with open(file, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows([head, *rows])
-    print(f"wrote {file}")
 
 
 def tree(args):
@@ -318,15 +319,39 @@ def time_tree(args, name, decoder, past):
           + ", ".join(f"{rows} rows {share:.2f}" for rows, share in shares.items()))
 
 
+@torch.inference_mode()
+def drop(args):
+    """Prefill without the image in the upper layers: time saved against FLOPs saved."""
+    decoder = build(args.model, args.layers, getattr(torch, args.dtype), args.device)
+    q, L, c = Question(args.model, decoder), len(decoder.layers), decoder.config
+    image = q.cuts[1][0]
+    counts = [round(L * part) for part in (0, 0.25, 0.5, 0.75)]
+    seconds = interleave({X: partial(prune.prefill, decoder, q.x, image, L - X) for X in counts}, args.repeats,
+                         args.device)
+    print(f"{args.model}, {L} layers, {args.dtype} on {args.device}, {q.T} tokens, {len(image)} of them the image's; "
+          f"prefill in {statistics.median(seconds[0]):.3f} s with all of them")
+    rows = [["layers without", "time", "FLOPs", "time saved / FLOPs saved"]]
+    for X in counts[1:]:
+        spent = statistics.median(a / b for a, b in zip(seconds[X], seconds[0], strict=True))
+        work = (prune.flops(c, [q.T] * (L - X) + [q.T - len(image)] * X) / prune.flops(c, [q.T] * L))
+        rows.append([X, f"{spent:.3f}", f"{work:.3f}", f"{(1 - spent) / (1 - work):.2f}"])
+    table(rows, args.out / f"prune_{args.model}_{L}_{args.dtype}_{args.device}.csv")
+
+
+def table(rows, file):
+    """Print rows, the first of them the head, and write them as CSV."""
+    for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
+        print("| " + " | ".join(map(str, row)) + " |")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows(rows)
+    print(f"wrote {file}")
+
+
 def floor(c, T, L, cuts, k):
     """FLOPs of a clean pass and a sweep over those of the clean pass, nothing counted that a mask hides."""
-    size = c.width // c.heads
-    weights = 2 * (c.width * size * 2 * (c.heads + c.kv_heads) + 3 * c.width * c.hidden)            # for one token
-
-    def rows(s):                                                    # the rows from s on, through one layer
-        return sum(weights + 4 * c.width * (t + 1) for t in range(s, T))
-    return 1 + sum(rows(min(target)) * (L - knockout.window(l, k, L).start)
-                   for _, target in cuts for l in range(L)) / (L * rows(0))
+    return 1 + sum(prune.layer_flops(c, min(target), T) * (L - knockout.window(l, k, L).start)
+                   for _, target in cuts for l in range(L)) / (L * prune.layer_flops(c, 0, T))
 
 
 def peak(run, device):
@@ -348,7 +373,7 @@ def peak(run, device):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("forward", "load", "tree", "sweep"))
+    parser.add_argument("what", choices=("forward", "load", "tree", "prune", "sweep"))
     parser.add_argument("--model", choices=SHAPES, default="llava-1.5-7b", help="whose widths (llava-1.5-7b)")
     parser.add_argument("--random", action="store_true", help="random weights, as always")
     parser.add_argument("--layers", type=count, metavar="L", help="decoder layers (3; sweep: all of the model's)")
@@ -368,7 +393,7 @@ def main():
             raise ValueError("the baseline is missing: pip install transformers")
     print(f"torch {versions()['torch']}, transformers {theirs}, {box['cores']} cores, {box['threads']} threads, "
           f"{box['gpus'] or 'no GPU'}")
-    {"forward": forward, "load": load, "tree": tree, "sweep": sweep}[args.what](args)
+    {"forward": forward, "load": load, "tree": tree, "prune": drop, "sweep": sweep}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -845,6 +845,12 @@ def sees(files):
     return bool("text_config" in raw or raw.get("mm_vision_tower"))
 
 
+def layers(files):
+    """How many layers the decoder has. Read from its config.json."""
+    raw = read_json(files.config)
+    return raw.get("text_config", raw).get("num_hidden_layers", 32)
+
+
 def read_json(file, kind=dict):
     """A JSON file -> dict, or list where that is the kind wanted. ValueError: it holds something else."""
     try:

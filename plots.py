@@ -103,6 +103,50 @@ def jaccard(file, picture):
                   "Jaccard similarity", 1)
 
 
+def prune(file, picture):
+    """prune.csv -> a picture: a panel per task; accuracy with its change's 95 % interval, time and FLOPs against X.
+
+    -> {task: {X: dict of accuracy, change against X = 0, half (of the change's interval), time and flops as shares of
+    those at X = 0 (medians over questions), tokens: image tokens, mean over layers and questions}}
+    """
+    rows = read(file, ("question_id", "task", "removed_layers", "correct", "seconds", "prefill_flops", "image_tokens"))
+    found = defaultdict(lambda: defaultdict(dict))                  # task -> X -> question -> its numbers
+    for line, row in enumerate(rows, 2):
+        try:
+            found[row["task"]][int(row["removed_layers"])][row["question_id"]] = [
+                float(row[name]) for name in ("correct", "seconds", "prefill_flops", "image_tokens")]
+        except (TypeError, ValueError):
+            raise ValueError(f"{file}, row {line}: a column is not a number") from None
+    drawn = defaultdict(dict)
+    for task, by_x in found.items():
+        for X, numbers in sorted(by_x.items()):
+            if by_x.get(0, {}).keys() != numbers.keys():
+                raise ValueError(f"{file} does not have the same questions for {X} layers as for 0")
+            these, base = (np.array([one[q] for q in numbers]) for one in (numbers, by_x[0]))
+            change, half = mean_interval(these[:, :1] - base[:, :1])
+            drawn[task][X] = {"accuracy": these[:, 0].mean(), "change": change[0], "half": half[0],
+                              "time": np.median(these[:, 1] / base[:, 1]), "flops": np.median(these[:, 2] / base[:, 2]),
+                              "tokens": these[:, 3].mean()}
+    keep = ", ".join(dict.fromkeys(row.get("keep", "none") for row in rows))
+    fig, axes = figure(len(found), f"Without the image in the last X layers{'' if keep == 'none' else f', but {keep}'}",
+                       "X", "%")
+    for ax, (task, by_x) in zip(axes, drawn.items(), strict=True):
+        xs = list(by_x)
+        for key, colour, label in (("accuracy", COLOURS[0], "accuracy"), ("time", COLOURS[1], "time, of that at X = 0"),
+                                   ("flops", COLOURS[4], "prefill FLOPs, of those at X = 0")):
+            values = np.array([100 * one[key] for one in by_x.values()])
+            line, = ax.plot(xs, values, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
+            if key == "accuracy":
+                half = np.array([100 * one["half"] for one in by_x.values()])
+                ax.fill_between(xs, values - half, values + half, color=colour, alpha=0.18, linewidth=0)
+        ax.set_title(f"{task} (n = {len(found[task][0])})", fontsize=9)
+        ax.set_ylim(bottom=0)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    save(fig, picture)
+    return drawn
+
+
 def windows(rows):
     return ", ".join(dict.fromkeys(row["window"] for row in rows))
 
@@ -236,12 +280,12 @@ def groups(image, prompt, boxes, annotated, picture):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", metavar="CSV", help="a knockout.csv, lens.csv or jaccard.csv")
+    parser.add_argument("csv", metavar="CSV", help="a knockout.csv, lens.csv, jaccard.csv or prune.csv")
     parser.add_argument("--out", metavar="PNG", help="the picture's file (beside the CSV)")
     args = parser.parse_args()
     picture = args.out or Path(args.csv).with_suffix(".png")
-    draw = {"kind": lens, "intervention": jaccard}
-    head = read(args.csv, ("layer",))[0]
+    draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune}
+    head = read(args.csv, ("question_id",))[0]
     next((draw[column] for column in draw if column in head), knockout)(args.csv, picture)
     print(f"wrote {picture}")
 

@@ -442,7 +442,9 @@ def train_tokenizer(texts):
 
 CAPTION = "Describe the image."
 BY_COLOR = "Which shape is which color?"
-WEIGHTS = (1, 1, 1, .5, 2, 1, 1, 1, .5, 2, 2, 2, .5, 3, 1, 3, 1)   # how often each of ASKERS asks: the six tasks more
+# How often each of ASKERS asks in stages 2 and 3: the six tasks more than others, at last LogicalObj more than all.
+WEIGHTS = {2: (1, 1, 1, .5, 2, 1, 1, 1, .5, 2, 2, 2, .5, 3, 1, 3, 1),
+           3: (1, .5, 1, .5, 1, .5, 1, 1, .5, 1, 2, 1, .5, 10, .5, 2, 1)}
 
 
 def corpus(seed):
@@ -478,10 +480,10 @@ def by_color(s, r):
 
 
 def talk(s, r, stage):
-    """What one picture teaches: list of (question, reply, brief). Stage 1 describes it, stage 2 asks about it, too."""
+    """What one picture teaches: list of (question, reply, brief). Stage 1 describes it, 2 and 3 ask about it, too."""
     found = [(CAPTION, caption(s, r), False), (BY_COLOR, by_color(s, r), False)]
-    while stage == 2 and len(found) < 8:
-        _, _, ask = r.choices(ASKERS, WEIGHTS)[0]
+    while stage >= 2 and len(found) < 8:
+        _, _, ask = r.choices(ASKERS, WEIGHTS[stage])[0]
         if q := ask(s, r):
             found.append((q[0], q[1].capitalize(), True))
     return found
@@ -633,17 +635,19 @@ def look(model, heads, seed, step, batch):
 PARTS = [len(SHAPES), len(COLORS), len(SIZES), 3, 3, 2]             # how many answers each question of stage 0 has
 
 
-def train(out, anyres=False, start=None, steps=(2500, 800, 4500), seed=0, device="cpu", batch=24, rate=1.5e-3,
+def train(out, anyres=False, start=None, steps=(2500, 800, 1500, 1900), seed=0, device="cpu", batch=24, rate=1.5e-3,
           save_every=200):
-    """Train a model into the folder `out`, in three stages.
+    """Train a model into the folder `out`, in four stages.
 
     Stage 0 teaches the vision tower what a patch shows, in the place of CLIP's own training, on 2 `batch` pictures a
     step. Stages 1 and 2 are LLaVA's: descriptions, then questions; all weights learn in both, since none but the
-    tower's have learnt anything before. The learning rate rises for 200 steps and falls over the last 30 % of stage 0
-    and of what follows. steps: of the three. start: a folder to start from instead of random weights.
+    tower's have learnt anything before. Stage 3 asks more of what is learnt last. The learning rate rises for 200 steps
+    and falls over the last 30 % of stage 0 and of what follows. steps: of the four. start: a folder to start from
+    instead of random weights.
     What is in `out` already is gone on with. ValueError: it was made otherwise, or is finished.
     """
     import time
+    from itertools import accumulate
 
     import torch
     import torch.nn.functional as F
@@ -668,7 +672,7 @@ def train(out, anyres=False, start=None, steps=(2500, 800, 4500), seed=0, device
     first, lines, seconds = restore(state, settings, named, opt) if state.exists() else (0, [], 0.0)
     total, began, recent = sum(steps), time.time() - seconds, []
     for step in tqdm(range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True):
-        stage = 0 if step < steps[0] else 1 if step < steps[0] + steps[1] else 2
+        stage = sum(step >= end for end in accumulate(steps[:3]))
         at, length = (step, steps[0]) if stage == 0 else (step - steps[0], total - steps[0])
         for group in opt.param_groups:
             group["lr"] = rate * min(1, (at + 1) / 200, (length - at) / (0.3 * length))
@@ -680,7 +684,7 @@ def train(out, anyres=False, start=None, steps=(2500, 800, 4500), seed=0, device
             with torch.autocast(model.device.type, torch.bfloat16):
                 logits, tokens = replies(model, b)
             loss = F.cross_entropy(logits.float(), tokens)
-            right = (logits.argmax(-1) == tokens)[b.answers if stage == 2 else slice(None)].float().mean()
+            right = (logits.argmax(-1) == tokens)[b.answers if stage > 1 else slice(None)].float().mean()
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
@@ -953,7 +957,7 @@ def parse():
     sub.add_argument("folder", metavar="DIR")
     sub.add_argument("--anyres", action="store_true", help="a LLaVA-1.6: tiles, newlines, unpad")
     sub.add_argument("--start", metavar="DIR", help="a finished model to start from")
-    sub.add_argument("--steps", type=int, nargs=3, metavar="N", help="of the three stages")
+    sub.add_argument("--steps", type=int, nargs=4, metavar="N", help="of the four stages")
     sub.add_argument("--rate", type=float, metavar="X", help="highest learning rate")
     sub.add_argument("--batch", type=count, default=24, metavar="N", help="pictures in a step (24)")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and scenes (0)")
@@ -975,7 +979,7 @@ def main():
         print(f"wrote {args.folder}: {args.train} + {args.val} pictures and their questions, scene graphs and regions")
     elif args.command == "train":
         import llava_min
-        steps, rate = ((0, 0, 1200), 5e-4) if args.start else ((2500, 800, 4500), 1.5e-3)
+        steps, rate = ((0, 0, 700, 0), 5e-4) if args.start else ((2500, 800, 1500, 1900), 1.5e-3)
         train(args.folder, args.anyres, args.start, tuple(args.steps or steps), args.seed,
               llava_min.pick_device(args.device), args.batch, args.rate or rate)
         print(f"wrote {args.folder}; try: python tiny.py score --model {args.folder}")
