@@ -274,6 +274,7 @@ def add_data_flags(parser):
     group = parser.add_argument_group("questions", "without --data and --image: 20 of each task from tiny/val")
     group.add_argument("--data", nargs="+", metavar="FILE", help="the paper's CSV files, or GQA's own JSON")
     group.add_argument("--images", metavar="DIR", help="their pictures, {img_id}.jpg")
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of these tasks only, such as {', '.join(SIX[:2])}")
     group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each task")
     group.add_argument("--all", action="store_true", help="count questions the model answers wrongly, too")
     group.add_argument("--skip-bad", action="store_true", help="report rows that cannot be used and go on")
@@ -288,6 +289,8 @@ def add_data_flags(parser):
 def read_questions(args, bad, vision=True):
     """Parsed flags -> list of Question. bad: takes messages of bad rows under --skip-bad. ValueError: bad input."""
     own = {f"--{n}": getattr(args, n) for n in ("image", "question", "answer", "options", "object", "box")}
+    if args.tasks and any(own.values()):
+        raise ValueError("--tasks chooses among many questions, not with an own one")
     if not args.data and not any(own.values()):
         args.data, args.images, args.limit = [BUNDLED], BUNDLED.parent / "images", args.limit or 20
     if args.data and any(own.values()):
@@ -301,6 +304,11 @@ def read_questions(args, bad, vision=True):
         for file in args.data:
             found += (read_gqa(file, args.images, bad, args.limit, **beside(file)) if Path(file).suffix == ".json" else
                       read_csv(file, args.images, bad, args.limit))
+        known = {q.task: None for q in found}
+        for task in args.tasks or ():
+            if task not in known:
+                raise ValueError(f"--tasks {task}: the questions are of {', '.join(known)}")
+        found = [q for q in found if not args.tasks or q.task in args.tasks]
         twice = [key for key, n in Counter(q.key for q in found).items() if n > 1]
         if twice:
             raise ValueError(f"--data gives question {twice[0]} twice")
@@ -331,18 +339,18 @@ def open_run(args, files, questions, name, columns, **settings):
         "images": str(Path(args.images).resolve()) if args.images else None,
         "question": {k: v for k, v in vars(questions[0]).items() if k != "image"} if single else None,
         "image": file_hash(questions[0].image)[:16] if single and questions[0].image else None,
-        "limit": args.limit, "all": args.all, **settings},
+        "tasks": args.tasks, "limit": args.limit, "all": args.all, **settings},
         model=files.name, origin=files.origin, revision=files.revision, seed=args.seed)
 
 
-def run_all(run, args, files, questions, bad, measure):
+def run_all(run, args, files, questions, bad, measure, load=None):
     """Measure every question that the run lacks, and say what was counted and left out.
 
     measure(model, question, args, strict) -> (rows, note); the note has "right" and may have "skipped", a dict of
-    what gave no row and why. ValueError: nothing was measured.
+    what gave no row and why. load: instead of llava_min.load_files. ValueError: nothing was measured.
     """
     from llava_min import load_files
-    model = load_files(files, args) if any(q.key not in run.done for q in questions) else None
+    model = (load or load_files)(files, args) if any(q.key not in run.done for q in questions) else None
     for q in run.todo(questions, key=lambda q: q.key):
         try:
             rows, note = measure(model, q, args, strict=not args.data)

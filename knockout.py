@@ -4,6 +4,7 @@ knockout.py - attention knockout: how much does the answer need one group of tok
 Run     python knockout.py --model llava-1.5-7b --src image --tgt question
         python knockout.py --data *_ChooseAttr.csv --images photos --edge "image->last" "question->last"
         python knockout.py --image photo.jpg --question "Is the cup red or blue?" --options red,blue --groups
+        python knockout.py --edge "image->last" --heads 0,3 --plain
 Needs   torch for the functions; llava_min and its neighbours, eval_gqa, runs, plots for the command line.
 Matches the paper's own code, every layer, edge and window of its golden runs  (tests/test_golden.py)
 Paper   https://arxiv.org/abs/2411.18620, Eq. 3-7, section 3.2; figures 3-5 are this script's picture
@@ -348,11 +349,12 @@ def measure(model, q, args, strict):
     return rows, {"right": right, "skipped": skipped}
 
 
-def main():
+def main(argv=None, load=None):
+    """The command line. argv: the shell's if None. load: instead of llava_min.load_files."""
     import llava_min
     import plots
     from eval_gqa import open_run, prepare, run_all
-    args = parse()
+    args = parse(argv)
     files, questions, bad = prepare(args)
     if args.groups or args.selfcheck:
         model = llava_min.load_files(files, args)
@@ -360,7 +362,7 @@ def main():
     run = open_run(args, files, questions, "knockout.csv", COLUMNS, edges=["->".join(e) for e in args.edges],
                    window=args.window, paper_spans=args.paper_spans, heads=args.heads, subword=args.subword,
                    plain=args.plain)
-    run_all(run, args, files, questions, bad, measure)
+    run_all(run, args, files, questions, bad, measure, load)
     picture = run.csv.with_suffix(".png")
     for (task, edge), (layers, mean, n) in plots.knockout(run.csv, picture).items():
         change, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
@@ -368,7 +370,7 @@ def main():
     print(f"wrote {run.csv}, {picture} and {run.info}")
 
 
-def parse():
+def parse(argv=None):
     """The command line -> args, with args.edges as (source, target) pairs of canonical group names."""
     from eval_gqa import add_data_flags
     from llava_min import BUNDLED, NAMES, add_model_flags, parse_edge
@@ -394,7 +396,7 @@ def parse():
     group.add_argument("--seed", type=int, default=0, metavar="N", help="for --selfcheck's random source (0)")
     group.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
     group.add_argument("--selfcheck", action="store_true", help="check on these questions that it is Eq. 7, and stop")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.src) != bool(args.tgt):
         raise ValueError("--src and --tgt go together")
     edges = [f"{args.src}->{args.tgt}"] * bool(args.src) + args.edge

@@ -187,13 +187,14 @@ def measure_jaccard(model, q, args, strict):
     return rows, {"right": right, "skipped": skipped}
 
 
-def main():
+def main(argv=None, load=None):
+    """The command line. argv: the shell's if None. load: instead of llava_min.load_files."""
     from pathlib import Path
 
     import llava_min
     import plots
     from eval_gqa import open_run, prepare, run_all
-    args = parse()
+    args = parse(argv)
     files, questions, bad = prepare(args)
     if args.top:
         return show_top(llava_min.load_files(files, args), questions[0], args)
@@ -201,7 +202,7 @@ def main():
         run = open_run(args, files, questions, "jaccard.csv", COLUMNS["jaccard.csv"], modules=args.modules,
                        edges=["->".join(e) for e in args.edges], window=args.window, plain=args.plain,
                        paper_spans=args.paper_spans)
-        run_all(run, args, files, questions, bad, measure_jaccard)
+        run_all(run, args, files, questions, bad, measure_jaccard, load)
         drawn = plots.jaccard(run.csv, run.csv.with_suffix(".png"))
         for (task, what), (layers, mean, n) in drawn.items():
             low, layer = min(zip(mean, layers, strict=True))
@@ -209,7 +210,7 @@ def main():
     else:
         run = open_run(args, files, questions, "lens.csv", COLUMNS["lens.csv"], norm=args.norm,
                        paper_spans=args.paper_spans)
-        run_all(run, args, files, questions, bad, measure_lens)
+        run_all(run, args, files, questions, bad, measure_lens, load)
         drawn = plots.lens(run.csv, run.csv.with_suffix(".png"))
         for (task, kind), (layers, mean, n) in drawn.items():
             high, layer = max(zip(mean, layers, strict=True))
@@ -217,7 +218,7 @@ def main():
     print(f"wrote {run.csv}, {Path(run.csv).with_suffix('.png')} and {run.info}")
 
 
-def parse():
+def parse(argv=None):
     """The command line -> args, with args.edges as (source, target) pairs of canonical group names."""
     from eval_gqa import add_data_flags
     from llava_min import BUNDLED, add_model_flags, parse_edge
@@ -242,7 +243,7 @@ def parse():
     group.add_argument("--out", default="out/lens", metavar="DIR", help="folder of the results (out/lens)")
     group.add_argument("--plain", action="store_true", help="Jaccard: a forward pass per point, slow, the same curves")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="for run.json; nothing is random here (0)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.top) + bool(args.modules or args.edge) > 1:
         raise ValueError("--top and --modules or --edge exclude each other")
     if (args.at != "last" or args.layer is not None) and not args.top:

@@ -72,14 +72,15 @@ def save(fig, file):
     plt.close(fig)
 
 
-def knockout(file, picture):
+def knockout(file, picture, panel="task"):
     """knockout.csv -> a picture: a panel per task, a curve per edge, mean over questions with its 95 % interval.
 
-    -> what was drawn: {(task, edge): (layers, mean changes in percent, number of questions)}
+    panel: or per "window". -> what was drawn: {(panel, edge): (layers, mean changes in percent, number of questions)}
     """
     rows = read(file, ("task", "edge", "window", "layer", "change_percent", "question_id"))
-    return curves(file, rows, picture, "edge", "change_percent", 1, f"Attention knockout, window {windows(rows)}",
-                  "layer at the centre of the window", "change of P(answer), %", 0)
+    title = "Attention knockout" + (f", window {windows(rows)}" if panel == "task" else "")
+    return curves(file, rows, picture, "edge", "change_percent", 1, title, "layer at the centre of the window",
+                  "change of P(answer), %", 0, panel=panel)
 
 
 def lens(file, picture):
@@ -89,7 +90,7 @@ def lens(file, picture):
            "final": "every layer through the final norm"}
     norms = ", ".join(how.get(norm, norm) for norm in dict.fromkeys(row["norm"] for row in rows))
     return curves(file, rows, picture, "kind", "probability", 100, f"Logit lens at the last position: {norms}",
-                  "after layer (0: embedding)", "probability, %")
+                  "after layer (0: embedding)", "probability, %", limits=(-3, 103))
 
 
 def jaccard(file, picture):
@@ -100,7 +101,7 @@ def jaccard(file, picture):
                   f"The question's likeliest words with and without, window {windows(rows)}", {
                       (True,): "layer at the centre of the window", (False,): "first layer of the window",
                       (False, True): "window's first layer (edges: its centre)"}[tuple(sorted(where))],
-                  "Jaccard similarity", 1)
+                  "Jaccard similarity", 1, limits=(-0.03, 1.03))
 
 
 def prune(file, picture):
@@ -140,7 +141,7 @@ def prune(file, picture):
                 half = np.array([100 * one["half"] for one in by_x.values()])
                 ax.fill_between(xs, values - half, values + half, color=colour, alpha=0.18, linewidth=0)
         ax.set_title(f"{task} (n = {len(found[task][0])})", fontsize=9)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 105 * max(1, *(max(one["time"], one["flops"]) for one in by_x.values())))
         ax.xaxis.get_major_locator().set_params(integer=True)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     save(fig, picture)
@@ -151,14 +152,17 @@ def windows(rows):
     return ", ".join(dict.fromkeys(row["window"] for row in rows))
 
 
-def curves(file, rows, picture, series, value, scale, title, x_label, y_label, level=None):
+def curves(file, rows, picture, series, value, scale, title, x_label, y_label, level=None, limits=None,
+           panel="task"):
     """Rows of a run's CSV -> a panel per task, a curve over layers per `series`: means with 95 % intervals.
 
-    level: where to draw a line that means no change. -> {(task, series): (layers, means, number of questions)}
+    level: where to draw a line that means no change. limits: of the y axis, where values have some. panel: another
+    column than the task. -> {(task, series): (layers, means, number of questions)}
     """
     found = defaultdict(lambda: defaultdict(dict))                  # task -> series -> question -> {layer: value}
     for line, row in enumerate(rows, 2):
-        question = found[row["task"]][row[series]].setdefault((row["question_id"], row.get("window")), {})
+        name = row["task"] if panel == "task" else f"{panel} {row[panel]}"
+        question = found[name][row[series]].setdefault((row["task"], row["question_id"], row.get("window")), {})
         try:
             question[int(row["layer"])] = scale * float(row[value])
         except (TypeError, ValueError):
@@ -180,6 +184,8 @@ def curves(file, rows, picture, series, value, scale, title, x_label, y_label, l
             ax.fill_between(layers, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
             counts.append(len(values))
             drawn[task, name] = layers, mean.tolist(), len(values)
+        if limits:
+            ax.set_ylim(limits)
         if level is not None:
             ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
         n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"

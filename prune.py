@@ -155,11 +155,12 @@ def measure(model, q, args, strict):
     return rows, {"right": right}
 
 
-def main():
+def main(argv=None, load=None):
+    """The command line. argv: the shell's if None. load: instead of llava_min.load_files."""
     import llava_min
     import plots
     from eval_gqa import open_run, prepare, run_all
-    args = parse()
+    args = parse(argv)
     files, questions, bad = prepare(args)
     if not llava_min.sees(files):
         raise ValueError(f"--model {args.model} is text-only: it has no image to drop")
@@ -173,7 +174,7 @@ def main():
         raise ValueError(f"--keep {args.keep} chooses by the attention below the cut: --last takes up to {L - 1}")
     run = open_run(args, files, questions, "prune.csv", COLUMNS, last=args.last, keep=args.keep, repeats=args.repeats,
                    seed=args.seed)
-    run_all(run, args, files, questions, bad, measure)
+    run_all(run, args, files, questions, bad, measure, load)
     picture = run.csv.with_suffix(".png")
     head = ("task", "layers", "accuracy", "change", "time", "FLOPs", "image tokens")
     lines = [(task, str(X), f"{100 * v['accuracy']:.1f} %", f"{100 * v['change']:+.1f} +- {100 * v['half']:.1f}",
@@ -219,7 +220,7 @@ def suggest(file, L, tolerance):
     return L - first
 
 
-def parse():
+def parse(argv=None):
     from eval_gqa import add_data_flags
     from llava_min import add_model_flags
     from runs import Parser, count
@@ -238,7 +239,7 @@ def parse():
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="out/prune", metavar="DIR", help="folder of the results (out/prune)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="for --keep random (0)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.last and args.suggest:
         raise ValueError("--last and --suggest exclude each other")
     args.warm = 1

@@ -1,0 +1,83 @@
+"""python -m pytest tests/test_figures.py
+
+figures.py: what shares a pass, that its numbers are the instruments' own, and what it writes.
+"""
+import re
+
+import pytest
+from commands import read, refused
+from PIL import Image
+
+import figures
+import knockout
+import lens
+import llava_min
+
+
+def test_figures_3_to_5_are_one_pass_and_another_window_is_another():
+    plan = figures.plan([3, 4, 5])
+    assert plan == {("knockout", ()): knockout.EDGES}
+    plan = figures.plan([4, 8])
+    assert len(plan) == 1 + len(figures.WINDOWS) and set(plan.values()) == {("image->question",)}
+
+
+def test_every_figure_names_groups_that_exist_and_a_registered_model():
+    for number, figure in figures.FIGURES.items():
+        for edge in figure.edges:
+            assert "->".join(llava_min.parse_edge(edge)) == edge, number
+        assert figure.model in llava_min.MODELS and figure.kind in figures.SCRIPTS
+
+
+def test_the_cost_of_a_figure_counts_its_branches():
+    """Figure 3 on 40 layers: a clean pass and three one-token branches per layer, each from its window's start up."""
+    branches = sum(40 - max(0, l - 4) for l in range(40))
+    assert figures.cost(figures.FIGURES[3]) == pytest.approx(1 + 3 * branches / (620 * 40))
+    assert figures.cost(figures.FIGURES[6]) == 1
+    assert figures.cost(figures.FIGURES[7]) > len(figures.WINDOWS)
+
+
+def test_the_rows_of_a_figure_are_those_the_instrument_writes(call, data, checkpoint, tmp_path):
+    model = ("--model", checkpoint("llava-1.6"), *data, "--all", "--dtype", "float32")
+    code, stdout, err = call(figures.main, 4, 3, 6, *model, "--out", tmp_path / "figures")
+    assert code == 0, err
+    assert stdout.count("pass ") == 2 and err.count("model ") == 1  # loaded once
+    call(knockout.main, *model, "--edge", *figures.LAST, "image->question", "--out", tmp_path / "knockout")
+    call(lens.main, *model, "--out", tmp_path / "lens")
+    rows = read(tmp_path / "knockout" / "knockout.csv")
+    for number in (3, 4):
+        wanted = [r for r in rows if r["edge"] in figures.FIGURES[number].edges]
+        assert read(tmp_path / "figures" / f"figure_{number}.csv") == wanted and wanted
+    assert read(tmp_path / "figures" / "figure_6.csv") == read(tmp_path / "lens" / "lens.csv")
+    for number in (3, 4, 6):
+        assert Image.open(tmp_path / "figures" / f"figure_{number}.png").size[0] > 300
+        assert (tmp_path / "figures" / f"figure_{number}.pdf").read_bytes()[:5] == b"%PDF-"
+    before = (tmp_path / "figures" / "figure_3.csv").read_bytes()
+    code, stdout, err = call(figures.main, 3, 4, 6, *model, "--out", tmp_path / "figures")
+    assert code == 0 and "model " not in err                        # all there: nothing is loaded or measured again
+    assert (tmp_path / "figures" / "figure_3.csv").read_bytes() == before
+
+
+def test_a_figure_of_one_task_asks_that_task_alone_and_draws_a_panel_per_window(call, data, checkpoint, tmp_path):
+    code, _, err = call(figures.main, 8, 37, 14, "--model", checkpoint("llava-1.5"), *data, "--all", "--limit", 1,
+                        "--out", tmp_path / "out")
+    assert code == 0, err
+    rows = read(tmp_path / "out" / "figure_8.csv")
+    assert [int(k) for k in dict.fromkeys(r["window"] for r in rows)] == list(figures.WINDOWS)
+    assert {r["task"] for r in rows} == {"ChooseAttr"}
+    assert {r["intervention"] for r in read(tmp_path / "out" / "figure_37.csv")} == {"image->question"}
+    assert "0" in {r["removed_layers"] for r in read(tmp_path / "out" / "figure_14.csv")}
+    code, stdout, err = call(figures.main, 8, "--model", checkpoint("llava-1.5"), *data, "--tasks", "QueryAttr")
+    assert code == 2 and "QueryAttr" in err and "ChooseAttr" in err
+
+
+def test_list_shows_every_figure_with_its_cost(call):
+    code, stdout, _ = call(figures.main, "--list")
+    told = dict(re.findall(r"^(\d+) .*? ([\d.]+)$", stdout, re.MULTILINE))
+    assert code == 0 and set(told) == set(map(str, figures.FIGURES))
+    assert float(told["6"]) == 1 and float(told["5"]) > float(told["4"]) > 1
+
+
+def test_a_figure_that_is_not_there_is_refused_with_those_that_are(call):
+    refused(call(figures.main, "99"), "figure 99", "3, 4, 5")
+    refused(call(figures.main, "three"), "figure three")
+    refused(call(figures.main), "which figure?")
