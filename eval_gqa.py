@@ -1,14 +1,17 @@
 """
 eval_gqa.py - questions: every dataset becomes one kind of record, `Question`, and one rule says if an answer is right.
 
-Needs   llava_min beside it for opening pictures.
+Run     python eval_gqa.py                                   accuracy on the bundled questions, by group (Table 2)
+        python eval_gqa.py --model llava-1.5-7b --questions val_balanced_questions.json --images images
+Needs   llava_min beside it; runs, plots for the command line.
 Use     questions = read_csv("GQA_val_..._ChooseAttr.csv", images="photos")
         questions = read_gqa("val_balanced_questions.json", images="images", scene_graphs="val_sceneGraphs.json")
 Reads   the paper's six CSV files (FightingFighting/cross-modal-information-flow-in-MLLM, Table 1), GQA's questions and
         scene graphs with Visual Genome's regions, an own picture and question from the command line.
 Paper   https://arxiv.org/abs/2411.18620, sections 3.3 and 4.1
 
-The GQA accuracy of Table 2 and the collection of Table 1 are not here yet.
+What it writes: eval.csv (a row per question), accuracy.csv (a row per group), predictions.json (for GQA's own scorer),
+run.json. The collection of Table 1 is not here yet.
 """
 import csv
 import math
@@ -406,3 +409,178 @@ def own_question(args, vision):
                     true_option=right, false_option=next((o for o in options if right and o != right), ""),
                     options=() if right else options,
                     objects=tuple(o.strip() for o in args.object if o.strip()), boxes=tuple(boxes), size=size)
+
+
+# ---------------------------------------------------------------------------------------------------- accuracy on GQA
+
+LLAVA_INSTRUCTION = "\nAnswer the question using a single word or phrase."           # the paper has a space first
+STRUCTURES, SEMANTICS = ("verify", "query", "choose", "logical", "compare"), ("obj", "attr", "cat", "rel", "global")
+
+
+def group_of(task):
+    """A Question's task -> its group of Table 2, "structural/semantic"."""
+    return next((f"{a}/{b}" for (a, b, _), name in TASKS.items() if name == task), task)
+
+
+def normalize(prediction, how):
+    """What is compared with the answer. "paper": stripped, lower case. "llava": without a full stop at the end, too."""
+    text = prediction.strip().lower()
+    return text.rstrip(".").strip() if how == "llava" else text
+
+
+def wilson(right, n, z=1.96):
+    """95 % interval of a share: (low, high). Wilson's, which stays within 0 and 1 where few are wrong."""
+    p, middle = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def answers(model, prompts, max_new_tokens=16):
+    """Greedy answers to B questions about one picture -> token ids of each, equal to asking one by one.
+
+    What the prompts begin with, nearly always everything up to the picture's last patch, goes through the model once;
+    the rest as a batch that looks back at it. FloatingPointError: the logits are not numbers.
+    """
+    import torch
+
+    from vicuna import to_mask
+    d, B, caches = model.decoder, len(prompts), [[] for _ in model.decoder.layers]
+    same = 0                                                        # ids that all begin with; one must be left
+    while all(same < len(p.ids) - 1 and p.ids[same] == prompts[0].ids[same] for p in prompts):
+        same += 1
+    with torch.inference_mode():
+        x = model.embed(prompts[0])
+        P = x.shape[1] - len(prompts[0].ids) + same                 # their positions: the picture is one id
+        d(x[:, :P], None, caches)
+        for cache in caches:
+            cache[:] = [t.expand(B, -1, -1, -1) for t in cache]
+        rest = [p.ids[same:] for p in prompts]
+        lengths = torch.tensor([len(ids) for ids in rest], device=x.device)
+        padded = torch.tensor([ids + [0] * (int(lengths.max()) - len(ids)) for ids in rest], device=x.device)
+        h = d(d.embed_tokens(padded), None, caches)                 # nobody looks ahead at the padding
+        h = h[torch.arange(B, device=x.device), lengths - 1]        # (B, C)
+        seen = torch.arange(P + padded.shape[1], device=x.device) < (P + lengths)[:, None]          # (B, S)
+        found, open_ = [[] for _ in prompts], set(range(B))
+        for _ in range(min(max_new_tokens, model.config.text.positions - seen.shape[1])):
+            logits = d.lm_head(d.norm(h))
+            if not logits.isfinite().all():
+                raise FloatingPointError("non-finite logits: the dtype overflows here; use --dtype bfloat16 or float32")
+            best = logits.argmax(-1)
+            for b, token in enumerate(best.tolist()):
+                if token in model.stop:
+                    open_.discard(b)
+                elif b in open_:
+                    found[b].append(token)
+            if not open_:
+                break
+            seen = torch.cat((seen, torch.ones_like(seen[:, :1])), 1)
+            mask, y = to_mask(seen[:, None, None]), d.embed_tokens(best[:, None])
+            cos, sin = (t[:, None, None] for t in d.rope(P + lengths))                  # each at its own position
+            for layer, cache in zip(d.layers, caches, strict=True):
+                y = layer(y, cos, sin, mask, cache)
+            h, lengths = y[:, -1], lengths + 1
+    return found
+
+
+def parse(argv=None):
+    from llava_min import add_model_flags
+    from runs import Parser, count
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("questions", "the bundled ones without --questions")
+    group.add_argument("--questions", metavar="FILE", help="GQA's own JSON")
+    group.add_argument("--images", metavar="DIR", help="their pictures, {imageId}.jpg")
+    group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each task or group")
+    group.add_argument("--skip-bad", action="store_true", help="report entries that cannot be used and go on")
+    group = parser.add_argument_group("counting")
+    group.add_argument("--prompt", choices=("paper", "llava"), default="paper",
+                       help="the paper's instruction, or LLaVA's, without its space (paper)")
+    group.add_argument("--normalize", choices=("paper", "llava"), default="paper",
+                       help="right is: equal in lower case; llava: without a full stop at the end, too (paper)")
+    group.add_argument("--batch", type=count, default=16, metavar="N", help="questions about a picture at once (16)")
+    add_model_flags(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default="out/eval_gqa", metavar="DIR", help="folder of the results (out/eval_gqa)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="for run.json; nothing is random here (0)")
+    args = parser.parse_args(argv)
+    if args.questions and not args.images:
+        raise ValueError("--questions needs --images DIR, the folder of their pictures")
+    args.data, args.images = [args.questions or BUNDLED], args.images or BUNDLED.parent / "images"
+    if not Path(args.images).is_dir():
+        raise ValueError(f"--images {args.images}: no such folder")
+    args.all, args.tasks, args.image = True, None, None
+    return args
+
+
+def main(argv=None, load=None):
+    """The command line. argv: the shell's if None. load: instead of llava_min.load_files."""
+    from llava_min import load_files, resolve, sees
+    args, bad = parse(argv), []
+    files = resolve(args.model, args.revision, args.vision_tower)
+    if not sees(files):
+        raise ValueError(f"--model {args.model} is text-only: it cannot see GQA's pictures")
+    questions = read_gqa(args.data[0], args.images, bad if args.skip_bad else None, args.limit, only=None)
+    run = open_run(args, files, questions, "eval.csv", EVAL, prompt=args.prompt, normalize=args.normalize)
+    model = (load or load_files)(files, args) if any(q.key not in run.done for q in questions) else None
+    batch, left = [], [q for q in questions if q.key not in run.done]
+    left = sorted(left, key=lambda q: (str(q.image), len(q.question)))                  # a picture's together
+    ends = set({q.image: q.key for q in left}.values())             # the last one about each
+    for q in run.todo(left, key=lambda q: q.key):
+        batch.append(q)
+        if q.key in ends or len(batch) == args.batch:
+            ask(model, batch, run, args, bad)
+            batch = []
+    run.finish()
+    for message in bad:
+        print(f"left out: {message}")
+    if not run.rows_written():
+        raise ValueError("no question could be asked")
+    show_accuracy(run)
+
+
+EVAL = ("question_id", "image", "task", "question", "answer", "prediction", "correct")
+
+
+def ask(model, batch, run, args, bad):
+    """Ask some questions about one picture and write their rows. ValueError: a picture is missing or broken."""
+    instruction = {"instruction": LLAVA_INSTRUCTION} if args.prompt == "llava" else {}
+    try:
+        prompts = [q.prompt(model, **instruction) for q in batch]
+    except ValueError as e:
+        if not args.skip_bad:
+            raise
+        bad.append(str(e))
+        return
+    for q, ids in zip(batch, answers(model, prompts), strict=True):
+        said = normalize(model.words(ids), args.normalize)
+        run.write(q.key, [[q.id, q.image.name, q.task, q.question, q.answer, said, int(said == q.answer.lower())]])
+
+
+def show_accuracy(run):
+    """eval.csv -> accuracy.csv, predictions.json for GQA's scorer, and Table 2 on the screen."""
+    import json
+
+    from plots import read
+    from runs import replace_text
+    rows = read(run.csv, EVAL)
+    counts = defaultdict(list)
+    for row in rows:
+        for name in {group_of(row["task"]), row["task"] if row["task"] in SIX else None, "all"} - {None}:
+            counts[name].append(int(row["correct"]))
+    order = [f"{a}/{b}" for a in STRUCTURES for b in SEMANTICS]
+    lines = [("group", "questions", "correct", "accuracy", "low", "high")]
+    for name in sorted(counts, key=lambda n: (n == "all", n in SIX, order.index(n) if n in order else 99, n)):
+        right, n = sum(counts[name]), len(counts[name])
+        lines.append((name, n, right, right / n, *wilson(right, n)))
+    file, predictions = run.out / "accuracy.csv", run.out / "predictions.json"
+    replace_text(file, "".join(",".join(map(str, line)) + "\n" for line in lines))
+    replace_text(predictions, json.dumps([{"questionId": row["question_id"], "prediction": row["prediction"]}
+                                          for row in rows], indent=0) + "\n")
+    print(f"{'group':14}{'questions':>10}{'accuracy':>10}   95 % interval")
+    for name, n, _, share, low, high in lines[1:]:
+        print(f"{name:14}{n:>10}{100 * share:>8.2f} %   {100 * low:.2f} to {100 * high:.2f} %")
+    print(f"wrote {run.csv}, {file}, {predictions} and {run.info}")
+
+
+if __name__ == "__main__":
+    from runs import cli
+    cli(main)

@@ -533,12 +533,13 @@ class LLaVA(nn.Module):
     # -------- question -> prompt
 
     def prompt(self, question, image=None, *, true_option=None, false_option=None, options=(), objects=(), boxes=(),
-               captions=None, brief=True, paper_spans=False):
+               captions=None, brief=True, instruction=INSTRUCTION, paper_spans=False):
         """A question about a PIL image (None for a text-only model) -> Prompt with its token groups.
 
         true_option, false_option: the right and the wrong one of an "A or B" question; options: both, where nobody says
         which is right. objects: names in the question; boxes: (x, y, w, h) px of what they show. captions: text in the
-        picture's place (appendix G). brief: ask for one word, as the paper. paper_spans: find words as its code does.
+        picture's place (appendix G). brief: ask for one word, with the paper's `instruction`, and end as its code does.
+        paper_spans: find words as its code does.
         ValueError: an image for a text-only model or none for another, a box outside the photo, a prompt too long.
         """
         if not question.strip():
@@ -551,7 +552,7 @@ class LLaVA(nn.Module):
                              "this model is text-only: it takes no image")
         llama_3 = self.tokenizer.token_to_id("<|start_header_id|>") is not None
         before, after = LLAVA_LLAMA_3 if llama_3 else VICUNA_V1
-        instruction = INSTRUCTION if brief else ""
+        instruction = instruction if brief else ""
         if not brief:
             after = after.removesuffix(" \n")                       # the paper's addition
         context = "<image>\n" if image is not None else f"{captions}\n" if captions else ""
