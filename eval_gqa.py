@@ -2,7 +2,7 @@
 eval_gqa.py - questions: every dataset becomes one kind of record, `Question`, and one rule says if an answer is right.
 
 Run     python eval_gqa.py                                   accuracy on the bundled questions, by group (Table 2)
-        python eval_gqa.py --model llava-1.5-7b --questions val_balanced_questions.json --images images
+        python eval_gqa.py --model llava-1.5-7b --questions val_balanced_questions.json --images images --collect six
 Needs   llava_min beside it; runs, plots for the command line.
 Use     questions = read_csv("GQA_val_..._ChooseAttr.csv", images="photos")
         questions = read_gqa("val_balanced_questions.json", images="images", scene_graphs="val_sceneGraphs.json")
@@ -11,7 +11,7 @@ Reads   the paper's six CSV files (FightingFighting/cross-modal-information-flow
 Paper   https://arxiv.org/abs/2411.18620, sections 3.3 and 4.1
 
 What it writes: eval.csv (a row per question), accuracy.csv (a row per group), predictions.json (for GQA's own scorer),
-run.json. The collection of Table 1 is not here yet.
+run.json; with --collect the six files of Table 1.
 """
 import csv
 import math
@@ -222,29 +222,32 @@ def read_gqa(file, images=None, bad=None, limit=None, scene_graphs=None, regions
 
 def gqa_question(number, raw, task, image, graph, told, where):
     """One entry of a GQA question file -> Question: options, object names and boxes come from its program."""
-    options, names, ids = (), [], []
-    for step in raw["semantic"]:
-        operation, argument = step["operation"], step["argument"].strip()
-        name, _, number_of = argument.partition("(")
-        if operation.startswith("choose"):                          # "red|blue", "cup,in|on,s (7)"
-            parts = argument.split(",")
-            options = tuple(parts[len(parts) // 2].split("|"))
-        if operation == "select" or operation.startswith(("relate", "choose rel", "verify rel")):
-            name = name.split(",")[0].strip()
-            names += [name] * (name not in ("scene", "_"))
-            ids += [i for i in number_of.rstrip(")").split(",") if i.strip("- ")]
+    options, things = program_of(raw)
     size, boxes = None, []
     if graph:
         size = graph["width"], graph["height"]
-        for i in ids:
-            thing = graph["objects"][i]
-            boxes.append(tuple(thing[key] for key in "xywh"))
+        boxes = [tuple(graph["objects"][i][key] for key in "xywh") for _, ids in things for i in ids]
     answer = raw["answer"].strip()
     words = [re.sub("^(to the|in) | of$", "", option) for option in options]            # answers: "left", "front"
     right = next((word for word in words if is_right(word, answer)), "")
     return Question(id=number, question=raw["question"], image=image, answer=answer, task=task,
                     true_option=right, false_option=next((w for w in words if right and w != right), ""),
-                    objects=tuple(names), boxes=tuple(boxes), size=size, captions=". ".join(told), where=where)
+                    objects=tuple(name for name, _ in things if name not in ("scene", "_")), boxes=tuple(boxes),
+                    size=size, captions=". ".join(told), where=where)
+
+
+def program_of(raw):
+    """What a question's program says -> (options, [(name of an object, its ids in the scene graph)])."""
+    options, things = (), []
+    for step in raw["semantic"]:
+        operation, argument = step["operation"], step["argument"].strip()
+        name, _, ids = argument.partition("(")
+        if operation.startswith("choose"):                          # "red|blue", "cup,in|on,s (7)"
+            parts = argument.split(",")
+            options = tuple(parts[len(parts) // 2].split("|"))
+        if operation == "select" or operation.startswith(("relate", "choose rel", "verify rel")):
+            things.append((name.split(",")[0].strip(), [i for i in ids.rstrip(")").split(",") if i.strip("- ")]))
+    return options, things
 
 
 def beside(file):
@@ -482,6 +485,53 @@ def answers(model, prompts, max_new_tokens=16):
     return found
 
 
+# ---------------------------------------------------------------------------------------------------- Table 1
+
+def paper_row(q, raw):
+    """A question of the six tasks and its entry in GQA's file -> a row of the paper's CSV, as a dict; None where its
+    columns cannot hold the question: no object of it is on the picture, or one name stands for several."""
+    _, things = program_of(raw)
+    slots = OBJECTS[1:] if q.task in ("ChooseRel", "CompareAttr", "LogicalObj") else OBJECTS[:1]
+    if not q.boxes or len(things) != len(slots) or any(len(ids) > 1 for _, ids in things):
+        return None
+    boxes = iter(q.boxes)
+    placed = [next(boxes) if ids else ("-",) * 4 for _, ids in things]
+    row = {"question_id": q.id, "img_id": raw["imageId"], "question": q.question, "answer": q.answer}
+    if q.true_option:
+        row |= {"true option": q.true_option, "false option": q.false_option}
+    for slot, (name, ids) in zip(slots, things, strict=True):
+        row |= {f"{slot} name": name, f"{slot} id": ids[0] if ids else "-"}
+    row |= {f"type_{kind}": raw["types"][kind] for kind in ("detailed", "semantic", "structural")}
+    row |= {"operations": str(raw["semantic"]), "captions": q.captions, "image_w": q.size[0], "image_h": q.size[1]}
+    for slot, box in zip(slots, placed, strict=True):
+        row |= {f"{slot} {key}": value for key, value in zip("whxy", (box[2], box[3], box[0], box[1]), strict=True)}
+    return row
+
+
+def collect(folder, file, right, scene_graphs, regions, most=1000, seed=0):
+    """Table 1: of each task at most `most` questions that a model answered right -> CSVs in the paper's columns, their
+    paths. right: set of Question.key."""
+    import random
+    raw, paths, by_task = read_json(file), [], {task: [] for task in SIX}
+    for q in read_gqa(file, scene_graphs=scene_graphs, regions=regions):
+        if q.key in right and (row := paper_row(q, raw[q.id])):
+            by_task[q.task].append(row)
+    for task, rows in by_task.items():
+        if not rows:
+            print(f"{task}: no question was answered right and has its objects on the picture")
+            continue
+        rows = random.Random(f"{seed}/{task}").sample(rows, min(most, len(rows)))
+        paths.append(Path(folder) / f"{Path(file).stem}_{task}.csv")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with open(paths[-1], "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
 def parse(argv=None):
     from llava_min import add_model_flags
     from runs import Parser, count
@@ -491,6 +541,13 @@ def parse(argv=None):
     group.add_argument("--images", metavar="DIR", help="their pictures, {imageId}.jpg")
     group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each task or group")
     group.add_argument("--skip-bad", action="store_true", help="report entries that cannot be used and go on")
+    group = parser.add_argument_group("Table 1")
+    group.add_argument("--collect", metavar="DIR",
+                       help="write those answered right into this folder, a CSV in the paper's columns for each task")
+    group.add_argument("--most", type=count, default=1000, metavar="N", help="of each task at most, by --seed (1000)")
+    group.add_argument("--scene-graphs", metavar="FILE", help="GQA's sceneGraphs.json (the one beside the questions)")
+    group.add_argument("--regions", metavar="FILE",
+                       help="Visual Genome's region_descriptions.json, for captions (the one beside the questions)")
     group = parser.add_argument_group("counting")
     group.add_argument("--prompt", choices=("paper", "llava"), default="paper",
                        help="the paper's instruction, or LLaVA's, without its space (paper)")
@@ -500,13 +557,17 @@ def parse(argv=None):
     add_model_flags(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="out/eval_gqa", metavar="DIR", help="folder of the results (out/eval_gqa)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="for run.json; nothing is random here (0)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="for --collect (0)")
     args = parser.parse_args(argv)
     if args.questions and not args.images:
         raise ValueError("--questions needs --images DIR, the folder of their pictures")
     args.data, args.images = [args.questions or BUNDLED], args.images or BUNDLED.parent / "images"
     if not Path(args.images).is_dir():
         raise ValueError(f"--images {args.images}: no such folder")
+    near = beside(args.data[0])
+    args.scene_graphs, args.regions = args.scene_graphs or near["scene_graphs"], args.regions or near["regions"]
+    if args.collect and not args.scene_graphs:
+        raise ValueError("--collect needs --scene-graphs FILE, for the objects' boxes")
     args.all, args.tasks, args.image = True, None, None
     return args
 
@@ -535,6 +596,11 @@ def main(argv=None, load=None):
     if not run.rows_written():
         raise ValueError("no question could be asked")
     show_accuracy(run)
+    if args.collect:
+        from plots import read
+        right = {f"{row['task']}/{row['question_id']}" for row in read(run.csv, EVAL) if row["correct"] == "1"}
+        for path in collect(args.collect, args.data[0], right, args.scene_graphs, args.regions, args.most, args.seed):
+            print(f"wrote {path}")
 
 
 EVAL = ("question_id", "image", "task", "question", "answer", "prediction", "correct")

@@ -138,3 +138,29 @@ def test_what_cannot_be_asked_is_refused(call, gqa, checkpoint, tmp_path):
     refused(call(eval_gqa.main, *argv), "8.jpg")
     code, stdout, _ = call(eval_gqa.main, *argv, "--skip-bad")
     assert code == 0 and "left out: " in stdout and len(read(tmp_path / "out" / "eval.csv")) == 3
+
+
+def test_collecting_writes_files_that_read_as_the_questions_answered_right(call, tmp_path):
+    """On the bundled world: the model's right answers, in the paper's columns, at most so many, drawn by seed."""
+    argv = ("--limit", 12, "--out", tmp_path / "out", "--most", 5)
+    code, stdout, err = call(eval_gqa.main, *argv, "--collect", tmp_path / "six")
+    assert code == 0, err
+    right = {r["question_id"] for r in read(tmp_path / "out" / "eval.csv") if r["correct"] == "1"}
+    beside = eval_gqa.beside(eval_gqa.BUNDLED)
+    known = {q.id: q for q in eval_gqa.read_gqa(eval_gqa.BUNDLED, eval_gqa.BUNDLED.parent / "images", **beside)}
+    files = sorted((tmp_path / "six").glob("*.csv"))
+    assert [file.stem.rpartition("_")[2] for file in files] == sorted(eval_gqa.SIX)
+    for file in files:
+        found = eval_gqa.read_csv(file, eval_gqa.BUNDLED.parent / "images")
+        assert 0 < len(found) <= 5 and {q.id for q in found} <= right
+        for q in found:
+            for part in ("task", "question", "answer", "true_option", "false_option", "objects", "boxes", "size",
+                         "captions", "image"):
+                assert getattr(q, part) == getattr(known[q.id], part), (file, part)
+    first = [file.read_bytes() for file in files]
+    assert call(eval_gqa.main, *argv, "--collect", tmp_path / "again")[0] == 0
+    assert [file.read_bytes() for file in sorted((tmp_path / "again").glob("*.csv"))] == first
+
+
+def test_collecting_needs_boxes(call, gqa, checkpoint, tmp_path):
+    refused(call(eval_gqa.main, *gqa[0], "--collect", tmp_path / "six"), "--collect", "--scene-graphs")

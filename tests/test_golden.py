@@ -328,3 +328,6 @@ def test_gqas_own_format_gives_the_question_that_the_papers_row_gives():
             p = eval_gqa.gqa_question(q.id, raw, eval_gqa.task_of(raw["types"]), None, graph, (), "")
             for part in ("task", "answer", "true_option", "false_option", "objects", "boxes", "size"):
                 assert getattr(p, part) == getattr(q, part), (q.where, part)
+            ours = eval_gqa.paper_row(p, raw | {"imageId": row["img_id"]})
+            for column in ours.keys() - {"captions"}:               # and back again: the row that --collect writes
+                assert str(ours[column]) == row[column], (q.where, column)
