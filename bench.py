@@ -266,7 +266,8 @@ def sweep(args):
     one, forwards = statistics.median(seconds["clean forward"]), 1 + len(points)
     counts = {"clean forward": 1, "sweep, six edges": knockout.token_layers(q.T, L, q.cuts, k),
               "sweep, question->last": knockout.token_layers(q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards),
-              "module knockout, both": 1 + (2 * sum(L - l for l in range(L)) + L) * (q.T - min(asked)) / (q.T * L)}
+              "module knockout, both": 1 + ((2 * sum(L - 1 - l for l in range(L)) + L - 1) * (q.T - min(asked))
+                                            + (2 * L + 1) * len(asked)) / (q.T * L)}
     floors = {"clean forward": 1, "sweep, six edges": floor(c, q.T, L, q.cuts, k),
               "sweep, question->last": floor(c, q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards)}
     rows = []
@@ -350,7 +351,8 @@ def table(rows, file):
 
 def floor(c, T, L, cuts, k):
     """FLOPs of a clean pass and a sweep over those of the clean pass, nothing counted that a mask hides."""
-    return 1 + sum(prune.layer_flops(c, min(target), T) * (L - knockout.window(l, k, L).start)
+    last = prune.layer_flops(c, T - 1, T)
+    return 1 + sum(prune.layer_flops(c, min(target), T) * (L - 1 - knockout.window(l, k, L).start) + last
                    for _, target in cuts for l in range(L)) / (L * prune.layer_flops(c, 0, T))
 
 

@@ -167,7 +167,8 @@ def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=8192):
 
 def token_layers(T, L, cuts, k):
     """How many tokens go through how many layers in a clean pass and `sweep`, in units of that clean pass."""
-    return 1 + sum((T - min(target)) * (L - window(l, k, L).start) for _, target in cuts for l in range(L)) / (T * L)
+    return 1 + sum((T - min(target)) * (L - 1 - window(l, k, L).start) + 1           # one in the last layer
+                   for _, target in cuts for l in range(L)) / (T * L)
 
 
 def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=8192):
@@ -180,7 +181,7 @@ def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=8192):
     """
     n, T = masks.shape[2:]
     cos, sin = decoder.rope(torch.arange(T - n, T, device=masks.device))
-    few, found = max(1, rows // n), []
+    few, found, keep = max(1, rows // n), [], torch.tensor(keep, device=masks.device)
     for part in (cuts[i:i + few] for i in range(0, len(cuts), few)):
         which = torch.tensor([[m if i in layers else 0 for m, layers in part] for i in range(len(decoder.layers))])
         which = which.to(masks.device)                              # (L, B), moved here: no waiting between layers
@@ -188,44 +189,49 @@ def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=8192):
         for i, layer in enumerate(decoder.layers):
             new = sum(layers.start == i for _, layers in part)
             x = torch.cat((x, stream[i][:, T - n:].expand(new, -1, -1)))
-            past = [t[:, :, :T - n] for t in caches[i]]
-            x = branch_layer(layer, x, cos, sin, past, masks, which[i, :len(x)], gates) if len(x) else x
-        found.append(x[:, keep])
+            past, wanted = [t[:, :, :T - n] for t in caches[i]], slice(None)
+            if i + 1 == len(decoder.layers):
+                wanted = keep                                       # no layer is left that would look at the others
+            x = branch_layer(layer, x, cos, sin, past, masks, which[i, :len(x)], gates, wanted) if len(x) else x
+        found.append(x)
     return torch.cat(found)
 
 
 TREE_ROWS = 256                                    # see branch_layer; `python bench.py tree` measures it
 
 
-def branch_layer(layer, x, cos, sin, past, masks, which, gates=None):
-    """One decoder layer for B branches x (B, n, C) with a common past [k, v] (1, H, s, D). which (B,): interventions.
+def branch_layer(layer, x, cos, sin, past, masks, which, gates=None, rows=slice(None)):
+    """One decoder layer for B branches x (B, n, C) with a common past [k, v] (1, H, s, D) -> `rows` of (B, n, C).
+
+    which (B,): the branches' interventions.
 
     Attention takes TREE_ROWS rows at a time as one sequence, past branch branch ..., whose mask keeps branches apart
     (tree attention): a batch would need a copy of the past for each branch, one sequence of all of them would spend
     most of its time on what the mask hides.
     """
     attention, few = layer.self_attn, max(1, TREE_ROWS // x.shape[1])
-    parts = zip(*(t.split(few) for t in attention.qkv(layer.input_layernorm(x), cos, sin)), which.split(few),
-                strict=True)                                        # q, k, v (b, H, n, D) and which (b,)
-    out = torch.cat([tree(attention.kernel, *qkv, past, masks[w]) for *qkv, w in parts])
-    a, f = (1, 1) if gates is None else gates[which].unbind(1)
-    x = x + a * attention.o_proj(out.transpose(1, 2).flatten(2))
+    q, k, v = attention.qkv(layer.input_layernorm(x), cos, sin)     # (B, H, n, D)
+    parts = zip(*(t.split(few) for t in (q[:, :, rows], k, v, which)), strict=True)
+    out = torch.cat([tree(attention.kernel, *qkv, past, masks[w][:, :, rows]) for *qkv, w in parts])
+    a, f = (1, 1) if gates is None else gates[which][:, :, rows].unbind(1)
+    x = x[:, rows] + a * attention.o_proj(out.transpose(1, 2).flatten(2))
     return x + f * layer.mlp(layer.post_attention_layernorm(x))
 
 
 def tree(kernel, q, k, v, past, mask):
-    """Attention of B branches on past and self, as one sequence. mask (B, 1 or H, n, s + n) -> (B, H, n, D), as q"""
-    B, H, n, D = q.shape
-    M, s = mask.shape[1], past[0].shape[2]
+    """Attention of B branches on past and self, as one sequence. q (B, H, m, D), k and v (B, H, n, D), mask
+    (B, 1 or H, m, s + n) -> (B, H, m, D)"""
+    B, H, m, D = q.shape
+    M, s, n = mask.shape[1], past[0].shape[2], k.shape[2]
 
     def line(t):
-        return t.transpose(0, 1).reshape(1, t.shape[1], B * n, D)   # one branch after the other
+        return t.transpose(0, 1).reshape(1, t.shape[1], -1, D)      # one branch after the other
     k, v = (torch.cat((old, line(new)), 2) for old, new in zip(past, (k, v), strict=True))
     k, v = (t.repeat_interleave(H // t.shape[1], 1) if H > t.shape[1] else t for t in (k, v))  # grouped keys
-    own = mask.new_full((M, B, n, B, n), -math.inf)
+    own = mask.new_full((M, B, m, B, n), -math.inf)
     own.diagonal(0, 1, 3).copy_(mask[..., s:].permute(1, 2, 3, 0))  # only a branch's own rows are not hidden
-    mask = torch.cat((mask[..., :s].transpose(0, 1).reshape(M, B * n, s), own.reshape(M, B * n, B * n)), -1)
-    return kernel(line(q), k, v, mask[None]).view(H, B, n, D).transpose(0, 1)
+    mask = torch.cat((mask[..., :s].transpose(0, 1).reshape(M, B * m, s), own.reshape(M, B * m, B * n)), -1)
+    return kernel(line(q), k, v, mask[None]).view(H, B, m, D).transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- selfcheck

@@ -107,6 +107,8 @@ def compare(decoder, stream, caches, masks, cuts, question, gates=None):
     """
     s = masks.shape[3] - masks.shape[2]
     later = [i for i in question if i >= s]                         # no branch changes what comes before
+    if not later:
+        return [1.0] * len(cuts)
     x = branches(decoder, stream, caches, masks, [(0, range(0, 0)), *cuts], [i - s for i in later], gates)
     before = stream[-1][:, [i for i in question if i < s]].expand(len(x), -1, -1)
     clean, *others = likeliest(decoder, torch.cat((before, x), 1))

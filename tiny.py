@@ -635,7 +635,7 @@ def look(model, heads, seed, step, batch):
 PARTS = [len(SHAPES), len(COLORS), len(SIZES), 3, 3, 2]             # how many answers each question of stage 0 has
 
 
-def train(out, anyres=False, start=None, steps=(2500, 800, 1500, 1900), seed=0, device="cpu", batch=24, rate=1.5e-3,
+def train(out, anyres=False, start=None, steps=(2500, 800, 1500, 2500), seed=0, device="cpu", batch=24, rate=1.5e-3,
           save_every=200):
     """Train a model into the folder `out`, in four stages.
 
@@ -979,7 +979,7 @@ def main():
         print(f"wrote {args.folder}: {args.train} + {args.val} pictures and their questions, scene graphs and regions")
     elif args.command == "train":
         import llava_min
-        steps, rate = ((0, 0, 700, 0), 5e-4) if args.start else ((2500, 800, 1500, 1900), 1.5e-3)
+        steps, rate = ((0, 0, 700, 0), 5e-4) if args.start else ((2500, 800, 1500, 2500), 1.5e-3)
         train(args.folder, args.anyres, args.start, tuple(args.steps or steps), args.seed,
               llava_min.pick_device(args.device), args.batch, args.rate or rate)
         print(f"wrote {args.folder}; try: python tiny.py score --model {args.folder}")
