@@ -7,7 +7,7 @@ Needs   llava_min beside it; runs, plots for the command line.
 Use     questions = read_csv("GQA_val_..._ChooseAttr.csv", images="photos")
         questions = read_gqa("val_balanced_questions.json", images="images", scene_graphs="val_sceneGraphs.json")
 Reads   the paper's six CSV files (FightingFighting/cross-modal-information-flow-in-MLLM, Table 1), GQA's questions and
-        scene graphs with Visual Genome's regions, an own picture and question from the command line.
+        scene graphs with Visual Genome's regions, OK-VQA, A-OKVQA, an own picture and question from the command line.
 Paper   https://arxiv.org/abs/2411.18620, sections 3.3 and 4.1
 
 What it writes: eval.csv (a row per question), accuracy.csv (a row per group), predictions.json (for GQA's own scorer),
@@ -38,11 +38,19 @@ class Question:
     boxes: tuple = ()                              # (x, y, w, h) in px of the picture, one per object that is on it
     size: tuple | None = None                      # the picture's width and height that the boxes were drawn for
     captions: str = ""
+    answers: tuple = ()                            # of several people: the forms of each one's answer, lower case
+    leave_one_out: bool = False                    # how `answers` count, see soft_accuracy
     where: str = ""                                # file and line, for messages
 
     @property
     def key(self):
         return f"{self.task}/{self.id}"
+
+    def right(self, prediction):
+        """Does the prediction count as right? Where several people answered, from a soft accuracy of 0.5 on."""
+        if self.answers:
+            return soft_accuracy(prediction, self.answers, self.leave_one_out) >= 0.5
+        return is_right(prediction, self.answer)
 
     def open(self):
         """The picture as PIL RGB, or None. ValueError: it is missing, broken, or not of the size the boxes are for."""
@@ -68,6 +76,18 @@ class Question:
 def is_right(prediction, answer):
     """The paper's rule: the decoded greedy answer, stripped and in lower case, is the answer."""
     return prediction.strip().lower() == answer.strip().lower()
+
+
+def soft_accuracy(prediction, answers, leave_one_out):
+    """VQA's: a third for each of the people who said the same, 1 at most. answers: for each of them a set of forms.
+
+    leave_one_out: the mean over leaving out each one in turn, as VQA and OK-VQA; A-OKVQA counts all of them once.
+    """
+    said = prediction.strip().lower().rstrip(".")
+    same = [said in forms for forms in answers]
+    if not leave_one_out:
+        return min(1.0, sum(same) / 3)
+    return sum(min(1.0, (sum(same) - one) / 3) for one in same) / len(same)
 
 
 # ---------------------------------------------------------------------------------------------------- the paper's CSVs
@@ -161,6 +181,50 @@ def read_row(row, task, images, where):
                     true_option=text("true option"), false_option=text("false option"),
                     objects=tuple(n for o in OBJECTS if (n := text(f"{o} name"))), boxes=tuple(boxes), size=size,
                     captions=text("captions"), where=where)
+
+
+# ---------------------------------------------------------------------------------------------------- OK-VQA, A-OKVQA
+
+def read_vqa(file, images=None, bad=None, limit=None):
+    """OK-VQA's questions (a dict; annotations beside it) or A-OKVQA's (a list) -> list of Question, in file order.
+
+    images: directory with the COCO pictures under their published names. A-OKVQA's questions that are marked as hard to
+    answer directly are left out, as its scorer does. ValueError: a file that is missing, or of another shape.
+    """
+    raw, file, found = read_json(file, (dict, list)), Path(file), []
+    try:
+        if isinstance(raw, list):
+            for q in raw:
+                if q["difficult_direct_answer"] is True:
+                    continue
+                found.append(vqa_question(q, "A-OKVQA", picture(images, f"{q['image_id']:012}"), [
+                    {text.strip().lower()} for text in q["direct_answers"]], False, file))
+        else:
+            notes = read_json(annotations(file))
+            told = {a["question_id"]: a["answers"] for a in notes["annotations"]}
+            split = "val2014" if "val2014" in file.name else "train2014"
+            for q in raw["questions"]:
+                found.append(vqa_question(q, "OK-VQA", picture(images, f"COCO_{split}_{q['image_id']:012}"), [
+                    {a[key].strip().lower() for key in ("answer", "raw_answer") if key in a}        # the first is stemmed
+                    for a in told[q["question_id"]]], True, file))
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{file}, question {len(found) + 1}: not OK-VQA's or A-OKVQA's format "
+                         f"({type(e).__name__}: {e})") from e
+    if not found:
+        raise ValueError(f"{file} has no question")
+    return found[:limit]
+
+
+def annotations(file):
+    """OK-VQA's annotations, which lie beside its questions."""
+    return Path(file).with_name(Path(file).name.removeprefix("OpenEnded_").replace("questions", "annotations"))
+
+
+def vqa_question(q, task, image, answers, leave_one_out, file):
+    common = Counter(min(forms, key=len) for forms in answers).most_common(1)[0][0]
+    return Question(id=str(q["question_id"]), question=q["question"].strip(), image=image, answer=common, task=task,
+                    answers=tuple(map(frozenset, answers)), leave_one_out=leave_one_out,
+                    where=f"{file}, question {q['question_id']}")
 
 
 # ---------------------------------------------------------------------------------------------------- GQA's own files
@@ -258,10 +322,22 @@ def beside(file):
     return {"scene_graphs": graphs if graphs.exists() else None, "regions": regions if regions.exists() else None}
 
 
+def read_any(file, images, bad, limit):
+    """What --data takes -> list of Question: the paper's CSV, or JSON of GQA, OK-VQA or A-OKVQA."""
+    if Path(file).suffix != ".json":
+        return read_csv(file, images, bad, limit)
+    raw = read_json(file, (dict, list))
+    if isinstance(raw, list) or "questions" in raw:
+        return read_vqa(file, images, bad, limit)
+    return read_gqa(file, images, bad, limit, **beside(file))
+
+
 def data_files(files):
     """What --data reads: the files and those beside them."""
-    return [Path(f) for file in files or () for f in (
-        file, *((beside(file).values()) if Path(file).suffix == ".json" else ())) if f]
+    near = {Path(file): [*beside(file).values(), annotations(file)] if Path(file).suffix == ".json" else []
+            for file in files or ()}
+    return [file for first, others in near.items() for file in dict.fromkeys((first, *others))
+            if file and (file == first or file.exists())]
 
 
 def picture(folder, name):
@@ -278,7 +354,7 @@ def add_data_flags(parser):
     """The flags every script shares for choosing questions."""
     from runs import count
     group = parser.add_argument_group("questions", "without --data and --image: 20 of each task from tiny/val")
-    group.add_argument("--data", nargs="+", metavar="FILE", help="the paper's CSV files, or GQA's own JSON")
+    group.add_argument("--data", nargs="+", metavar="FILE", help="the paper's CSVs, or JSON of GQA, OK-VQA, A-OKVQA")
     group.add_argument("--images", metavar="DIR", help="their pictures, {img_id}.jpg")
     group.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of these tasks only, such as {', '.join(SIX[:2])}")
     group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each task")
@@ -308,8 +384,7 @@ def read_questions(args, bad, vision=True):
             raise ValueError(f"--images {args.images}: no such folder")
         bad, found = bad if args.skip_bad else None, []
         for file in args.data:
-            found += (read_gqa(file, args.images, bad, args.limit, **beside(file)) if Path(file).suffix == ".json" else
-                      read_csv(file, args.images, bad, args.limit))
+            found += read_any(file, args.images, bad, args.limit)
         known = {q.task: None for q in found}
         for task in args.tasks or ():
             if task not in known:

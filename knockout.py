@@ -327,10 +327,9 @@ def start(model, q, args):
 
 def measure(model, q, args, strict):
     """Question -> (rows of knockout.csv, note for the run's summary). strict: a group that is empty is an error."""
-    from eval_gqa import is_right
     from llava_min import EmptyGroup
     p, x, clean, token, p_base, answer = start(model, q, args)
-    right = is_right(answer, q.answer)
+    right = q.right(answer)
     if not (right or args.all or strict):
         return [], {"right": False}
     rows, skipped, cuts = [], {}, {}

@@ -137,9 +137,8 @@ def tracked(q, answer):
 
 def measure_lens(model, q, args, strict):
     """Question -> (rows of lens.csv, note for the run's summary)."""
-    from eval_gqa import is_right
     _, _, (stream, _), _, _, answer = start(model, q, args)
-    right = is_right(answer, q.answer)
+    right = q.right(answer)
     if not (right or args.all or strict):
         return [], {"right": False}
     p, rows = lens(model.decoder, stream, [-1], args.norm)[:, 0], []
@@ -153,10 +152,9 @@ def measure_lens(model, q, args, strict):
 
 def measure_jaccard(model, q, args, strict):
     """Question -> (rows of jaccard.csv, note for the run's summary). strict: a group that is empty is an error."""
-    from eval_gqa import is_right
     from llava_min import EmptyGroup
     p, x, clean, _, _, answer = start(model, q, args)
-    right = is_right(answer, q.answer)
+    right = q.right(answer)
     if not (right or args.all or strict):
         return [], {"right": False}
     d, question, L = model.decoder, p.positions("question"), len(model.decoder.layers)

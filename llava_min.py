@@ -859,7 +859,7 @@ def read_json(file, kind=dict):
     except ValueError as e:
         raise ValueError(f"{file} is not JSON ({e})") from e
     if not isinstance(raw, kind):
-        raise ValueError(f"{file} is not a JSON {'object' if kind is dict else 'list'}")
+        raise ValueError(f"{file} is not a JSON {'list' if kind is list else 'object'}")
     return raw
 
 

@@ -120,7 +120,6 @@ def measure(model, q, args, strict):
     """Question -> (rows of prune.csv, note for the run's summary). strict: a group that is empty is an error."""
     from statistics import median
 
-    from eval_gqa import is_right
     from llava_min import EmptyGroup
     p = q.prompt(model)
     image, d = p.positions("image"), model.decoder
@@ -141,7 +140,7 @@ def measure(model, q, args, strict):
             if turn >= args.warm:
                 found[X].append((ids, left, size, b - a, clock(x.device) - b))
     args.warm = 0                                                   # the first question has warmed up
-    rows, right = [], is_right(model.words(found[0][0][0]), q.answer)
+    rows, right = [], q.right(model.words(found[0][0][0]))
     if not (right or args.all or strict):
         return [], {"right": False}
     for X, runs in found.items():
@@ -149,7 +148,7 @@ def measure(model, q, args, strict):
         before, after = (median(column) for column in list(zip(*runs, strict=True))[3:])
         counts = [T] * (L - X) + [T - len(image) + len(left)] * X
         answer = model.words(ids)
-        rows.append([q.id, q.image.name, q.task, q.question, q.answer, answer, X, int(is_right(answer, q.answer)),
+        rows.append([q.id, q.image.name, q.task, q.question, q.answer, answer, X, int(q.right(answer)),
                      sum(n - T + len(image) for n in counts) / L, before + after, flops(d.config, counts), before,
                      after, size, args.keep])
     return rows, {"right": right}

@@ -3,6 +3,7 @@
 Questions: the paper's CSV files, an own picture and question, the bundled ones; and when an answer is right.
 """
 import argparse
+import json
 
 import pytest
 from PIL import Image
@@ -161,3 +162,52 @@ def test_flags_that_do_not_go_together_are_named(tmp_path, photo, argv, words):
 def test_the_same_file_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="ChooseAttr/0171 twice"):
         ask(tmp_path, "--data", write(tmp_path), write(tmp_path), "--images", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- OK-VQA, A-OKVQA
+
+def test_soft_accuracy_is_vqas():
+    """Ten people, n of whom agree: min(1, (n - 1) / 3) weighs n in 10, min(1, n / 3) the rest."""
+    for n, wanted in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
+        people = [{"race", "racing"}] * n + [{"game"}] * (10 - n)
+        assert eval_gqa.soft_accuracy("Racing.", people, True) == pytest.approx(wanted)
+        assert eval_gqa.soft_accuracy(" race", people, False) == pytest.approx(min(1, n / 3))
+
+
+def okvqa(folder):
+    (folder / "OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": [
+        {"image_id": 7, "question": "What sport is this?", "question_id": 75}]}))
+    (folder / "mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": [{
+        "image_id": 7, "question_id": 75, "answers": [
+            {"answer": "race", "raw_answer": "racing"}] * 6 + [{"answer": "sport", "raw_answer": "sports"}] * 4}]}))
+    return folder / "OpenEnded_mscoco_val2014_questions.json"
+
+
+def aokvqa(folder):
+    (folder / "aokvqa_v1p0_val.json").write_text(json.dumps([
+        {"image_id": 9, "question_id": "a1", "question": "Why?", "direct_answers": ["rain", "rain", "Snow "],
+         "difficult_direct_answer": False},
+        {"image_id": 9, "question_id": "a2", "question": "How?", "direct_answers": ["x"],
+         "difficult_direct_answer": True}]))
+    return folder / "aokvqa_v1p0_val.json"
+
+
+def test_ok_vqas_and_a_okvqas_own_files_are_read(tmp_path):
+    q, = eval_gqa.read_any(okvqa(tmp_path), tmp_path, None, None)
+    assert (q.key, q.image.name, q.answer) == ("OK-VQA/75", "COCO_val2014_000000000007.jpg", "race")
+    assert q.right("Racing") and q.right("race.") and q.right("sports") and not q.right("game")
+    q, = eval_gqa.read_any(aokvqa(tmp_path), tmp_path, None, None)             # the difficult one is left out
+    assert (q.key, q.image.name, q.answer) == ("A-OKVQA/a1", "000000000009.jpg", "rain")
+    assert q.right("Rain") and not q.right("snow") and not q.right("sun")
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda f: f.write_text(json.dumps([{"question": "Why?"}])), ["question 1", "format"]),
+    (lambda f: f.write_text("[]"), ["no question"]),
+    (lambda f: f.write_text(json.dumps({"questions": [{"question_id": 1}]})), ["annotations"])])
+def test_vqa_files_of_another_shape_are_named(tmp_path, spoil, words):
+    file = aokvqa(tmp_path)
+    spoil(file)
+    with pytest.raises((ValueError, OSError)) as e:
+        eval_gqa.read_any(file, tmp_path, None, None)
+    assert "aokvqa" in str(e.value) and all(word in str(e.value) for word in words)
