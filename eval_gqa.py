@@ -205,7 +205,7 @@ def read_vqa(file, images=None, bad=None, limit=None):
             split = "val2014" if "val2014" in file.name else "train2014"
             for q in raw["questions"]:
                 found.append(vqa_question(q, "OK-VQA", picture(images, f"COCO_{split}_{q['image_id']:012}"), [
-                    {a[key].strip().lower() for key in ("answer", "raw_answer") if key in a}        # the first is stemmed
+                    {a[key].strip().lower() for key in ("answer", "raw_answer") if key in a}        # stemmed, and not
                     for a in told[q["question_id"]]], True, file))
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file}, question {len(found) + 1}: not OK-VQA's or A-OKVQA's format "
@@ -427,8 +427,9 @@ def open_run(args, files, questions, name, columns, **settings):
 def run_all(run, args, files, questions, bad, measure, load=None):
     """Measure every question that the run lacks, and say what was counted and left out.
 
-    measure(model, question, args, strict) -> (rows, note); the note has "right" and may have "skipped", a dict of
-    what gave no row and why. load: instead of llava_min.load_files. ValueError: nothing was measured.
+    measure(model, question, args, strict) -> (rows, note); the note may have "right", where the model was asked, and
+    "skipped", a dict of what gave no row and why. load: instead of llava_min.load_files. ValueError: nothing was
+    measured.
     """
     from llava_min import load_files
     model = (load or load_files)(files, args) if any(q.key not in run.done for q in questions) else None
@@ -442,7 +443,8 @@ def run_all(run, args, files, questions, bad, measure, load=None):
             continue
         run.write(q.key, rows, **note)
     run.finish()
-    notes, known = list(run.done.values()), any(q.answer for q in questions)
+    notes = list(run.done.values())
+    known = any(q.answer for q in questions) and all("right" in note for note in notes)
     right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
     print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
     for message in bad:

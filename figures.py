@@ -15,6 +15,7 @@ What it writes, for each figure: figure_N.csv (the rows behind it), figure_N.png
 """
 import csv
 import hashlib
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -68,9 +69,38 @@ FIGURES |= {
        for number, source in ((34, "image"), (35, "other_patches"), (36, "related_patches"))},
     37: Figure("the question's words without image -> question", BIG, "jaccard", ("image->question",),
                tasks=("ChooseAttr",))}
+FIGURES |= {
+    15: Figure("norms of the patches' features", BIG, "norms"),
+    16: Figure("figure 5 without patches of a norm above 57", BIG, "knockout", PATCHES, ("--max-norm", "57")),
+    17: Figure("captions, question -> last, text only", "vicuna-1.5-13b", "knockout", ("captions->last", LAST[0]))}
 FIGURES = dict(sorted(FIGURES.items()))
+OF_TEXT = (17,)                                    # for text-only models; all others need a picture
+
+
+def norms(argv, load):
+    """One pass of figure 15: the norm of every patch's feature, a row each."""
+    import llava_min
+    from eval_gqa import add_data_flags, open_run, prepare, run_all
+    from runs import Parser
+    parser = Parser(norms.__doc__)
+    llava_min.add_model_flags(parser)
+    add_data_flags(parser)
+    parser.add_argument("--out")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    def measure(model, q, args, strict):
+        p = q.prompt(model)
+        return [[q.id, q.image.name, q.task, patch, value] for patch, value in enumerate(model.patch_norms(p).tolist())
+                if not math.isnan(value)], {}                       # a newline has no feature
+    files, questions, bad = prepare(args)
+    run = open_run(args, files, questions, "norms.csv", ("question_id", "image", "task", "patch", "norm"))
+    run_all(run, args, files, questions, bad, measure, load)
+
+
 SCRIPTS = {"knockout": (knockout.main, "knockout.csv", plots.knockout), "lens": (lens.main, "lens.csv", plots.lens),
-           "jaccard": (lens.main, "jaccard.csv", plots.jaccard), "prune": (prune.main, "prune.csv", plots.prune)}
+           "jaccard": (lens.main, "jaccard.csv", plots.jaccard), "prune": (prune.main, "prune.csv", plots.prune),
+           "norms": (norms, "norms.csv", plots.norms)}
 
 
 def passes(figure):
@@ -120,7 +150,7 @@ def cost(figure):
             total += token_layers(T, L, targets, k)
         elif figure.kind == "jaccard":
             total += 1 + 2 * sum(35 * (L - window(l + k // 2, k, L).start) for l in range(L)) / (T * L)
-        else:
+        elif figure.kind == "prune":
             image = 576 if T == 620 else 2191
             total += 3 * sum(1 - X * image / (L * T) for X in range(0, L, 5))           # three repeats
     return total
@@ -131,8 +161,10 @@ def main():
     if args.list:
         return show_list()
     numbers = list(FIGURES) if "all" in args.figures else sorted({int(n) for n in args.figures})
-    if "all" in args.figures:                                       # the same passes on other models: once is enough
-        numbers = [n for n in numbers if not 20 <= n <= 31 and n != 13]
+    if "all" in args.figures:                                       # 13, 20 to 31: the same passes on other models
+        from llava_min import resolve, sees
+        seen = sees(resolve(args.model, args.revision, args.vision_tower))
+        numbers = [n for n in numbers if (n not in OF_TEXT) == seen and not 20 <= n <= 31 and n != 13]
     out, runs, models = Path(args.out), {}, {}
 
     def load(files, args):

@@ -313,6 +313,8 @@ def start(model, q, args):
     prompt, and the group `last` is the position that predicts it.
     """
     p, d = q.prompt(model, paper_spans=args.paper_spans), model.decoder
+    if args.max_norm is not None and p.size:
+        leave_out(p, model.patch_norms(p), args.max_norm)
     x = model.embed(p)
     stream, caches = clean_pass(d, x)
     logits = unembed(d, stream[-1][0, -1])
@@ -323,6 +325,14 @@ def start(model, q, args):
         stream, caches = clean_pass(d, x)
         logits = unembed(d, stream[-1][0, -1])
     return p, x, (stream, caches), token, probability(logits, token), model.words(ids)
+
+
+def leave_out(p, norms, most):
+    """Take the patches of a larger norm out of the groups related_patches and other_patches (figure 16)."""
+    large = {p.groups["image"][0] + i for i in (norms > most).nonzero().flatten().tolist()}
+    for name in ("related_patches", "other_patches"):
+        if name in p.groups:
+            p.put(name, [i for i in p.groups.pop(name) if i not in large] or f"every patch has a norm above {most:g}")
 
 
 def measure(model, q, args, strict):
@@ -366,7 +376,7 @@ def main(argv=None, load=None):
         return show_groups(model, questions[0], args) if args.groups else show_selfcheck(model, questions, args)
     run = open_run(args, files, questions, "knockout.csv", COLUMNS, edges=["->".join(e) for e in args.edges],
                    window=args.window, paper_spans=args.paper_spans, heads=args.heads, subword=args.subword,
-                   plain=args.plain)
+                   plain=args.plain, max_norm=args.max_norm)
     run_all(run, args, files, questions, bad, measure, load)
     picture = run.csv.with_suffix(".png")
     for (task, edge), (layers, mean, n) in plots.knockout(run.csv, picture).items():
@@ -392,6 +402,8 @@ def parse(argv=None):
     group.add_argument("--heads", type=heads, metavar="H,H", help="cut it for these heads only, of every layer (all)")
     group.add_argument("--subword", choices=("first", "last"), default="first",
                        help="which token of the answer counts; last: those before it follow the prompt (first)")
+    group.add_argument("--max-norm", type=float, metavar="X",
+                       help="leave patches of a larger feature norm out of related and other patches (figure 16)")
     group.add_argument("--paper-spans", action="store_true", help="find words as the paper's code does: hat in What")
     add_model_flags(parser)
     add_data_flags(parser)

@@ -250,7 +250,7 @@ def parse(argv=None):
         raise ValueError(f"{'--at' if args.at != 'last' else '--layer'} goes with --top")
     args.edges = list(dict.fromkeys(map(parse_edge, args.edge)))
     args.window = args.window or (3 if args.model in BUNDLED else 9)
-    args.subword = "first"
+    args.subword, args.max_norm = "first", None
     return args
 
 

@@ -640,6 +640,15 @@ class LLaVA(nn.Module):
         return features[torch.where(view < 0, len(features) - 1, view * side ** 2 + row * side + col)]
 
     @torch.inference_mode()
+    def patch_norms(self, p):
+        """Prompt -> L2 norm of the tower's feature of each image token, (n,) float32; NaN for newlines (figure 15)."""
+        norms = self.vision_tower(p.pixels.to(self.device), self.config.layer)[:, 1:].float().norm(dim=-1).flatten()
+        view, row, col = p.slots.to(self.device).unbind(1)
+        side = self.config.vision.side
+        at = (view * side ** 2 + row * side + col).clamp(min=0)
+        return norms[at].masked_fill(view < 0, math.nan)
+
+    @torch.inference_mode()
     def embed(self, p):
         """Prompt -> embeddings (1, T, C): the residual stream at layer 0, h^0."""
         def words(ids):

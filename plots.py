@@ -148,6 +148,23 @@ def prune(file, picture):
     return drawn
 
 
+def norms(file, picture):
+    """norms.csv -> a picture: a panel per task, how many of a picture's patches have a feature of which norm."""
+    rows, found = read(file, ("question_id", "task", "norm")), defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["task"]][row["question_id"]].append(float(row["norm"]))
+    edges = np.linspace(0, max(60.0, *(max(v) for by_q in found.values() for v in by_q.values())), 61)
+    fig, axes = figure(len(found), "L2 norm of the vision tower's patch features", "norm", "patches of a picture")
+    for ax, (task, by_question) in zip(axes, found.items(), strict=True):
+        values = np.concatenate(list(by_question.values()))
+        ax.hist(values, edges, weights=np.full(len(values), 1 / len(by_question)), color=COLOURS[0])
+        above = (values > 57).sum() / len(by_question)
+        ax.axvline(57, color=COLOURS[1], linewidth=1)               # the paper's threshold
+        ax.set_yscale("log")
+        ax.set_title(f"{task} (n = {len(by_question)}), {above:.1f} above 57", fontsize=9)
+    save(fig, picture)
+
+
 def windows(rows):
     return ", ".join(dict.fromkeys(row["window"] for row in rows))
 

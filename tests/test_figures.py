@@ -26,6 +26,7 @@ def test_every_figure_names_groups_that_exist_and_a_registered_model():
         for edge in figure.edges:
             assert "->".join(llava_min.parse_edge(edge)) == edge, number
         assert figure.model in llava_min.MODELS and figure.kind in figures.SCRIPTS
+    assert set(figures.FIGURES) == set(range(3, 38)) - {18, 19}
 
 
 def test_the_cost_of_a_figure_counts_its_branches():
@@ -68,6 +69,30 @@ def test_a_figure_of_one_task_asks_that_task_alone_and_draws_a_panel_per_window(
     assert "0" in {r["removed_layers"] for r in read(tmp_path / "out" / "figure_14.csv")}
     code, stdout, err = call(figures.main, 8, "--model", checkpoint("llava-1.5"), *data, "--tasks", "QueryAttr")
     assert code == 2 and "QueryAttr" in err and "ChooseAttr" in err
+
+
+def test_norms_are_those_of_the_towers_features_and_large_ones_can_be_left_out(call, data, checkpoint, model, tmp_path):
+    argv = ("--model", checkpoint("llava-1.6"), *data, "--limit", 1, "--all", "--dtype", "float32", "--out", tmp_path)
+    code, _, err = call(figures.main, 15, 16, *argv)
+    assert code == 0, err
+    rows, m = read(tmp_path / "figure_15.csv"), model("llava-1.6")
+    p = m.prompt("Is the cup red or blue?", llava_min.open_image(tmp_path / "a.jpg"), boxes=[(20, 10, 40, 30)])
+    features = m.vision_tower(p.pixels, m.config.layer)[:, 1:]
+    assert len(rows) == len(p.groups["base_patches"]) + len(p.groups["tile_patches"]) < len(p.slots)
+    side = m.config.vision.side
+    for row in rows[::7]:
+        view, y, x = p.slots[int(row["patch"])].tolist()
+        assert float(row["norm"]) == pytest.approx(features[view, y * side + x].norm().item(), rel=1e-5)
+    norms = m.patch_norms(p)
+    middle = norms.nanmedian().item()
+    before = {name: p.positions(name) for name in ("related_patches", "other_patches")}
+    knockout.leave_out(p, norms, middle)
+    first = p.groups["image"][0]
+    for name, was in before.items():
+        assert p.groups.get(name, []) == [i for i in was if norms[i - first] <= middle]
+    knockout.leave_out(p, norms, 0)
+    with pytest.raises(llava_min.EmptyGroup, match="norm above 0"):
+        p.positions("related_patches")
 
 
 def test_list_shows_every_figure_with_its_cost(call):
