@@ -15,6 +15,7 @@ run.json; with --collect the six files of Table 1.
 """
 import csv
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -360,12 +361,20 @@ def add_data_flags(parser):
     group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each task")
     group.add_argument("--all", action="store_true", help="count questions the model answers wrongly, too")
     group.add_argument("--skip-bad", action="store_true", help="report rows that cannot be used and go on")
+    add_shard_flag(group)
     group.add_argument("--image", metavar="FILE", help="an own picture ...")
     group.add_argument("--question", metavar="TEXT", help="... and the question about it")
     group.add_argument("--answer", metavar="TEXT", help="its answer, if known")
     group.add_argument("--options", metavar="A,B", help='both of an "A or B" question; the answer is the true one')
     group.add_argument("--object", action="append", default=[], metavar="WORDS", help="an object the question names")
     group.add_argument("--box", action="append", default=[], metavar="X,Y,W,H", help="where an object is, in px")
+
+
+def add_shard_flag(group):
+    from runs import shard
+    rank = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    group.add_argument("--shard", type=shard, default=rank, metavar="I/N",
+                       help="each N-th question from the I-th on; under torchrun the process's own (all)")
 
 
 def read_questions(args, bad, vision=True):
@@ -420,8 +429,8 @@ def open_run(args, files, questions, name, columns, **settings):
         "images": str(Path(args.images).resolve()) if args.images else None,
         "question": {k: v for k, v in vars(questions[0]).items() if k != "image"} if single else None,
         "image": file_hash(questions[0].image)[:16] if single and questions[0].image else None,
-        "tasks": args.tasks, "limit": args.limit, "all": args.all, **settings},
-        model=files.name, origin=files.origin, revision=files.revision, seed=args.seed)
+        "tasks": args.tasks, "limit": args.limit, "all": args.all, **settings}, shard=args.shard, model=files.name,
+        origin=files.origin, revision=files.revision, seed=args.seed)
 
 
 def run_all(run, args, files, questions, bad, measure, load=None):
@@ -432,8 +441,9 @@ def run_all(run, args, files, questions, bad, measure, load=None):
     measured.
     """
     from llava_min import load_files
-    model = (load or load_files)(files, args) if any(q.key not in run.done for q in questions) else None
-    for q in run.todo(questions, key=lambda q: q.key):
+    mine = questions[run.shard[0]::run.shard[1]] if run.shard else questions
+    model = (load or load_files)(files, args) if any(q.key not in run.done for q in mine) else None
+    for q in run.todo(mine, key=lambda q: q.key):
         try:
             rows, note = measure(model, q, args, strict=not args.data)
         except ValueError as e:
@@ -442,7 +452,7 @@ def run_all(run, args, files, questions, bad, measure, load=None):
             bad.append(str(e))
             continue
         run.write(q.key, rows, **note)
-    run.finish()
+    run.finish([q.key for q in questions])
     notes = list(run.done.values())
     known = any(q.answer for q in questions) and all("right" in note for note in notes)
     right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
@@ -618,6 +628,7 @@ def parse(argv=None):
     group.add_argument("--images", metavar="DIR", help="their pictures, {imageId}.jpg")
     group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each task or group")
     group.add_argument("--skip-bad", action="store_true", help="report entries that cannot be used and go on")
+    add_shard_flag(group)
     group = parser.add_argument_group("Table 1")
     group.add_argument("--collect", metavar="DIR",
                        help="write those answered right into this folder, a CSV in the paper's columns for each task")
@@ -658,16 +669,20 @@ def main(argv=None, load=None):
         raise ValueError(f"--model {args.model} is text-only: it cannot see GQA's pictures")
     questions = read_gqa(args.data[0], args.images, bad if args.skip_bad else None, args.limit, only=None)
     run = open_run(args, files, questions, "eval.csv", EVAL, prompt=args.prompt, normalize=args.normalize)
-    model = (load or load_files)(files, args) if any(q.key not in run.done for q in questions) else None
-    batch, left = [], [q for q in questions if q.key not in run.done]
-    left = sorted(left, key=lambda q: (str(q.image), len(q.question)))                  # a picture's together
+    questions.sort(key=lambda q: (str(q.image), len(q.question)))                       # a picture's together
+    pictures = sorted({str(q.image) for q in questions})
+    if run.shard:
+        pictures = pictures[run.shard[0]::run.shard[1]]
+    mine = set(pictures)
+    batch, left = [], [q for q in questions if str(q.image) in mine and q.key not in run.done]
+    model = (load or load_files)(files, args) if left else None
     ends = set({q.image: q.key for q in left}.values())             # the last one about each
     for q in run.todo(left, key=lambda q: q.key):
         batch.append(q)
         if q.key in ends or len(batch) == args.batch:
             ask(model, batch, run, args, bad)
             batch = []
-    run.finish()
+    run.finish([q.key for q in questions])
     for message in bad:
         print(f"left out: {message}")
     if not run.rows_written():

@@ -178,7 +178,14 @@ def main():
         script, flags = SCRIPTS[kind][0], [*flags, *(("--edge", *edges) if edges else ())]
         runs[one] = out / "runs" / folder(one, edges)
         print(f"pass {i} of {len(todo)}: {script.__module__}.py {' '.join(flags)}")
-        script([*flags, *args.passed_on, "--out", str(runs[one])], load)
+        try:
+            script([*flags, *args.passed_on, "--out", str(runs[one])], load)
+        except SystemExit as stop:                                  # a shard, and not the last one to finish
+            if stop.code:
+                raise
+    missing = [one for one in todo if not (runs[one] / SCRIPTS[one[0]][1]).exists()]
+    if missing:
+        return print("the last shard to finish draws the figures")
     for number in numbers:
         figure = FIGURES[number]
         head, rows = rows_of(figure, runs)
@@ -223,7 +230,9 @@ def parse():
                          "and all")
     passed_on = []
     for name, value in vars(args).items():
-        if name not in ("figures", "list", "out") and value != parser.get_default(name):
+        if name == "shard":
+            passed_on += ["--shard", "{}/{}".format(*value)] if value else []
+        elif name not in ("figures", "list", "out") and value != parser.get_default(name):
             flag, values = "--" + name.replace("_", "-"), value if isinstance(value, list) else [value]
             for group in [values] if name == "data" else [[v] for v in values]:
                 passed_on += [flag, *(str(v) for v in group if v is not True)]

@@ -954,10 +954,13 @@ def load(name, *, dtype="auto", device="auto", revision=None, vision_tower=None,
 
 
 def pick_device(name):
+    """--device -> "cuda", "mps" or "cpu". Under torchrun each process takes the GPU of its own number."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: torch sees no Apple GPU here; use --device cpu")
     return name

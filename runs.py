@@ -32,12 +32,16 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "p
 class Run:
     """One run's files. ValueError: the directory holds a run with other settings, or files that are not a run's."""
 
-    def __init__(self, out, name, columns, settings, **about):
+    def __init__(self, out, name, columns, settings, shard=None, **about):
         """out: directory, made if absent. name: "x.csv". columns: header. settings: what the numbers depend on.
 
-        about: what run.json should say besides; a run may go on under another.
+        shard: (i, n), this process has each n-th item from the i-th on; its files lie in a folder of their own in `out`
+        until the last shard to finish puts them together. about: what run.json should say besides; a run may go on
+        under another.
         """
-        self.out, self.csv = Path(out), Path(out) / name
+        self.whole, self.shard = Path(out), shard
+        self.out = shard_folder(self.whole, *shard) if shard else self.whole
+        self.csv = self.out / name
         self.journal, self.info = self.csv.with_suffix(".progress"), self.out / "run.json"
         self.columns, self.settings = list(columns), json.loads(json.dumps(settings))
         self.done, self.fresh, self.began = {}, 0, time.time()      # done: key -> note of a finished question
@@ -145,23 +149,79 @@ class Run:
         self.rows.close()
         self.log.close()
 
-    def finish(self):
-        """Close the files and complete run.json."""
+    def finish(self, order=()):
+        """Close the files and complete run.json.
+
+        A shard that is not the last one to finish ends the process here. The last one puts all shards' files together
+        as one process would have written them, and becomes that run. order: the keys of all items.
+        """
         self.close()
         self.record["questions"] = len(self.done)
         self.record["calls"][-1] |= {"finished": now(), "seconds": round(time.time() - self.began, 1),
                                      "questions": self.fresh}
         write_json(self.info, self.record)
+        if self.shard and not self.merge(order):
+            where = self.whole / self.csv.name
+            print(f"shard {self.shard[0]} of {self.shard[1]} is done; " + (
+                f"all are together in {where}" if where.exists() else "the last one to finish puts them together"))
+            sys.exit(0)
+
+    def merge(self, order):
+        """Put the shards together, if all have finished and none has done so. -> was it done?"""
+        name, calls, notes, pieces = self.csv.name, [], {}, {}
+        with open(self.whole / "shards.lock", "w") as gate:
+            lock(gate, wait=True)
+            if (self.whole / name).exists():
+                return False
+            for j in range(self.shard[1]):
+                folder = shard_folder(self.whole, j, self.shard[1])
+                if not (folder / "run.json").exists():
+                    return False
+                record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+                if "finished" not in record["calls"][-1] or record["settings"] != self.settings:
+                    return False
+                calls += record["calls"]
+                text, start = (folder / name).read_bytes(), 0
+                for line in (folder / name).with_suffix(".progress").read_text(encoding="utf-8").splitlines():
+                    note = json.loads(line)
+                    piece, start = text[start:note["end"]], note["end"]
+                    if "key" in note:
+                        notes[note["key"]], pieces[note["key"]] = note, piece
+                    else:
+                        head = piece
+            text, lines = [head], [{"end": len(head)}]
+            for key in (key for key in order if key in pieces):
+                text.append(pieces[key])
+                lines.append(notes[key] | {"end": lines[-1]["end"] + len(pieces[key])})
+            self.out, self.csv, self.info = self.whole, self.whole / name, self.whole / "run.json"
+            self.done = {line["key"]: line for line in lines[1:]}
+            self.record |= {"calls": calls, "questions": len(self.done), "shards": self.shard[1]}
+            replace_text(self.csv.with_suffix(".progress"), "".join(json.dumps(line) + "\n" for line in lines))
+            write_json(self.info, self.record)
+            replace_text(self.csv, b"".join(text).decode())         # last: what is there is whole
+        return True
 
 
-def lock(file):
+def shard_folder(out, i, n):
+    return Path(out) / f"shard-{i}-of-{n}"
+
+
+def shard(text):
+    """argparse type: "I/N" -> (I, N), None for the whole. torchrun says the same by RANK and WORLD_SIZE."""
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
+    return (int(i), int(n)) if int(n) > 1 else None
+
+
+def lock(file, wait=False):
     """Keep a second process out of a run's files until this one ends. ValueError: one is at work there."""
     try:
         import fcntl
     except ImportError:                                             # Windows has no such locks, and works without
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise ValueError(f"another process is writing {file.name}; wait for it, or use another --out") from None
 
@@ -188,7 +248,7 @@ def write_json(file, value):
 def replace_text(file, text):
     """Write a file so that a crash leaves the old one or the new one, whole."""
     new = Path(f"{file}.new")
-    with open(new, "w", encoding="utf-8") as f:
+    with open(new, "w", encoding="utf-8", newline="") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

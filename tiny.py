@@ -883,13 +883,15 @@ def score(model, questions):
     """-> {task: (number of questions, share answered right, share with the picture blanked, chance)}"""
     from tqdm import tqdm
 
-    from eval_gqa import is_right
-    right = {}
-    for q in tqdm(questions, desc="accuracy", unit="question", dynamic_ncols=True):
-        image = q.open()
-        right[q.key] = [is_right(model.generate(model.prompt(q.question, shown)), q.answer)
-                        for shown in (image, blank(image))]
-    found = {}
+    from eval_gqa import answers
+    right, found, pictures = {}, {}, {}
+    for q in questions:
+        pictures.setdefault(q.image, []).append(q)
+    for about in tqdm(pictures.values(), desc="accuracy", unit="picture", dynamic_ncols=True):
+        image = about[0].open()
+        said = [answers(model, [model.prompt(q.question, shown) for q in about]) for shown in (image, blank(image))]
+        for q, *ids in zip(about, *said, strict=True):
+            right[q.key] = [q.right(model.words(one)) for one in ids]
     for task in sorted({q.task for q in questions}):
         own = [q for q in questions if q.task == task]
         seen, blind = (sum(right[q.key][i] for q in own) / len(own) for i in (0, 1))
@@ -926,17 +928,13 @@ def cut_everywhere(model, questions, edges):
 def spelling(model, questions):
     """Logit lens with the final norm at the last position: mean probability of the answer in lower case and
     capitalised after each layer -> list of L + 1 pairs, the embedding first."""
-    import torch
-    total = torch.zeros(len(model.decoder.layers) + 1, 2, dtype=torch.float64)
-    d = model.decoder
-    with torch.inference_mode():
-        for q in questions:
-            x = model.embed(q.prompt(model))
-            ids = [model.tokenizer.encode(word).ids[1] for word in (q.answer, q.answer.capitalize())]
-            cos, sin = d.rope(torch.arange(x.shape[1], device=x.device))
-            for i in range(len(total)):
-                total[i] += d.lm_head(d.norm(x[0, -1])).float().softmax(-1)[ids].cpu()
-                x = d.layers[i](x, cos, sin, None) if i < len(d.layers) else x
+    from knockout import clean_pass
+    from lens import lens
+    total = 0
+    for q in questions:
+        stream, _ = clean_pass(model.decoder, model.embed(q.prompt(model)))
+        ids = [model.tokenizer.encode(word).ids[1] for word in (q.answer, q.answer.capitalize())]
+        total = total + lens(model.decoder, stream, [-1], "final")[:, 0, ids].double()
     return (total / len(questions)).tolist()
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_gqa
 import knockout
+import lens
 import llava_min
 import plots
 import vicuna
@@ -101,6 +102,40 @@ def test_subword_last_is_measured_behind_the_answers_other_tokens(call, data, ch
         assert {r["token"] for r in mine} == {m.tokenizer.id_to_token(ids[-1])}
         longer += len(ids) > 1
     assert longer                                                   # answers of several tokens were among them
+
+
+@pytest.mark.parametrize("main, name, flags", [
+    (knockout.main, "knockout", ("--edge", "image->question", "true_option->last", "--window", 2)),
+    (lens.main, "lens", ()), (lens.main, "jaccard", ("--modules",))])
+def test_shards_are_put_together_as_one_process_would_have_written_them(call, data, checkpoint, tmp_path, main, name,
+                                                                        flags):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--dtype", "float32", *flags)
+    assert call(main, *argv, "--out", tmp_path / "one")[0] == 0
+    code, stdout, err = call(main, *argv, "--shard", "1/2", "--out", tmp_path / "two")
+    assert code == 0 and "shard 1 of 2 is done; the last one" in stdout, err
+    assert not (tmp_path / "two" / f"{name}.csv").exists()
+    code, stdout, err = call(main, *argv, "--shard", "0/2", "--out", tmp_path / "two")
+    assert code == 0 and "3 questions" in stdout, err
+    for suffix in (".csv", ".progress"):
+        one, two = ((tmp_path / out / f"{name}{suffix}").read_bytes() for out in ("one", "two"))
+        assert one == two
+    assert (tmp_path / "two" / f"{name}.png").exists()
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert (record["shards"], record["questions"], len(record["calls"])) == (2, 3, 2)
+    code, stdout, _ = call(main, *argv, "--shard", "1/2", "--out", tmp_path / "two")
+    assert code == 0 and "together in" in stdout
+    assert call(main, *argv, "--out", tmp_path / "two")[0] == 0     # and one process can go on with it
+    refused(call(main, *argv, "--shard", "2/2", "--out", tmp_path / "two"), "--shard", "'2/2'")
+
+
+def test_torchrun_splits_the_questions_over_its_processes(data, checkpoint, tmp_path):
+    argv = ["--model", checkpoint("llava-1.5"), *data, "--all", "--dtype", "float32", "--edge", "image->last"]
+    for launch, out in ((["-m", "torch.distributed.run", "--nproc-per-node", "2"], "two"), ([], "one")):
+        done = subprocess.run([sys.executable, *launch, str(ROOT / "knockout.py"), *map(str, argv), "--out",
+                               str(tmp_path / out)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "knockout.csv").read_bytes() == (tmp_path / "one" / "knockout.csv").read_bytes()
+    assert (tmp_path / "two" / "knockout.png").exists()
 
 
 def test_run_json_names_model_weights_and_settings(call, data, checkpoint, tmp_path):

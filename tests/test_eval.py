@@ -128,6 +128,15 @@ def test_an_evaluation_that_was_stopped_goes_on(call, gqa, checkpoint, tmp_path,
     assert whole == parts and calls == [3, 1, 1]
 
 
+def test_shards_of_an_evaluation_are_put_together(call, gqa, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *gqa[0], "--dtype", "float32")
+    assert call(eval_gqa.main, *argv, "--out", tmp_path / "one")[0] == 0
+    for shard in ("0/2", "1/2"):
+        assert call(eval_gqa.main, *argv, "--shard", shard, "--out", tmp_path / "two")[0] == 0
+    for name in ("eval.csv", "accuracy.csv", "predictions.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
 def test_what_cannot_be_asked_is_refused(call, gqa, checkpoint, tmp_path):
     flags, _ = gqa
     refused(call(eval_gqa.main, "--questions", flags[1]), "--images")

@@ -71,6 +71,17 @@ def test_a_figure_of_one_task_asks_that_task_alone_and_draws_a_panel_per_window(
     assert code == 2 and "QueryAttr" in err and "ChooseAttr" in err
 
 
+def test_shards_draw_the_figures_once_all_passes_are_together(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--dtype", "float32")
+    assert call(figures.main, 4, 6, *argv, "--out", tmp_path / "one")[0] == 0
+    code, stdout, err = call(figures.main, 4, 6, *argv, "--shard", "1/2", "--out", tmp_path / "two")
+    assert code == 0 and "the last shard to finish" in stdout and not (tmp_path / "two" / "figure_4.csv").exists(), err
+    assert call(figures.main, 4, 6, *argv, "--shard", "0/2", "--out", tmp_path / "two")[0] == 0
+    for number in (4, 6):
+        one, two = ((tmp_path / out / f"figure_{number}.csv").read_bytes() for out in ("one", "two"))
+        assert one == two
+
+
 def test_norms_are_those_of_the_towers_features_and_large_ones_can_be_left_out(call, data, checkpoint, model, tmp_path):
     argv = ("--model", checkpoint("llava-1.6"), *data, "--limit", 1, "--all", "--dtype", "float32", "--out", tmp_path)
     code, _, err = call(figures.main, 15, 16, *argv)
