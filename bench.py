@@ -14,6 +14,7 @@ Weights are random; widths are the published models', and only the number of lay
 sides take turns, and what counts is the median of the ratios of neighbours: machines drift, neighbours drift together.
 """
 import csv
+import ctypes
 import json
 import statistics
 import subprocess
@@ -79,11 +80,17 @@ def fill(model, seed=0):
     return model
 
 
-def interleave(sides, repeats, device):
-    """sides: name -> function. Run them in turns -> name -> seconds of each repeat, one warm-up turn not counted."""
+def interleave(sides, repeats, device, peaks=None):
+    """sides: name -> function. Run them in turns -> name -> seconds of each repeat, one warm-up turn not counted.
+
+    peaks: a dict that takes what each needs at most at a time, measured in the warm-up turn.
+    """
     seconds = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, run in sides.items():
+            if peaks is not None and not turn:
+                peaks[name] = peak(run, device)
+                continue
             wait(device)
             start = time.perf_counter()
             run()
@@ -239,8 +246,8 @@ def sweep(args):
              "lens, last position": lambda: lens.lens(decoder, stream, [-1]),
              "module knockout, both": lambda: lens.module_curves(decoder, *knockout.clean_pass(decoder, q.x), asked, k),
              "photo encoded, ours": encode[0]}
-    seconds = interleave(sides, args.repeats, args.device)
-    peaks = {name: peak(run, args.device) for name, run in sides.items()}
+    peaks = {}
+    seconds = interleave(sides, args.repeats, args.device, peaks)
 
     # Every point of a curve costs the other two sides the same: so many of them, evenly spread, are timed in turns.
     points = [(e, l) for e in range(len(q.cuts)) for l in range(L)]
@@ -363,6 +370,8 @@ def peak(run, device):
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+
+    ctypes.CDLL(None).malloc_trim(0)                                # what is free goes back first
 
     def status(key):
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))

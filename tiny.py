@@ -977,7 +977,7 @@ def main():
         print(f"wrote {args.folder}: {args.train} + {args.val} pictures and their questions, scene graphs and regions")
     elif args.command == "train":
         import llava_min
-        steps, rate = ((0, 0, 700, 0), 5e-4) if args.start else ((2500, 800, 1500, 2500), 1.5e-3)
+        steps, rate = ((0, 0, 300, 350), 5e-4) if args.start else ((2500, 800, 1500, 2500), 1.5e-3)
         train(args.folder, args.anyres, args.start, tuple(args.steps or steps), args.seed,
               llava_min.pick_device(args.device), args.batch, args.rate or rate)
         print(f"wrote {args.folder}; try: python tiny.py score --model {args.folder}")

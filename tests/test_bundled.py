@@ -1,7 +1,7 @@
 """python -m pytest tests/test_bundled.py
 
-The bundled, trained model: that it is what its card says, and what cutting does to it. Every figure is measured here,
-from the weights and questions in tiny/.
+The bundled, trained models: that they are what their card says, and what cutting does to them. Every figure is measured
+here, from the weights and questions in tiny/.
 """
 import json
 import re
@@ -18,18 +18,25 @@ import tiny
 
 FOLDER = eval_gqa.BUNDLED.parents[1]
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
-# What the card admits: two tasks are not learnt. The others are to be right in 95 of 100.
-LEARNT = ("ChooseAttr", "ChooseRel", "CompareAttr", "QueryAttr")
+WANTED = {"llava-tiny": 0.95, "llava-tiny-anyres": 0.93}           # right answers, in each task but those below
+WEAK = {("llava-tiny", "LogicalObj"): 0.85}                        # what the card admits: 91 % of all questions
+FROM_THE_IMAGE = {("llava-tiny", "ChooseCat")}                     # and that its last position looks there itself
+ASKED = {"llava-tiny": 60, "llava-tiny-anyres": 25}                # of each task; AnyRes takes longer
+
+
+@pytest.fixture(scope="module", params=llava_min.BUNDLED)
+def name(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def tiny_model():
-    return llava_min.load("llava-tiny", device="cpu")
+def tiny_model(name):
+    return llava_min.load(name, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def questions():
-    return eval_gqa.read_gqa(eval_gqa.BUNDLED, eval_gqa.BUNDLED.parent / "images", limit=60,
+def questions(name):
+    return eval_gqa.read_gqa(eval_gqa.BUNDLED, eval_gqa.BUNDLED.parent / "images", limit=ASKED[name],
                              **eval_gqa.beside(eval_gqa.BUNDLED))
 
 
@@ -45,34 +52,35 @@ def cuts(tiny_model, questions):
     return {edge: {task: share for task, (_, share) in by_task.items()} for edge, by_task in found.items()}
 
 
-def test_the_learnt_tasks_are_answered_right_and_the_others_better_than_by_chance(measured):
+def test_all_six_tasks_are_answered_right(measured, name):
     assert set(measured) == set(eval_gqa.TASKS.values())
-    for task, (n, right, _, guess) in measured.items():
-        assert n == 60 and right >= (0.95 if task in LEARNT else guess + 0.1), (task, right)
+    for task, (n, right, _, _) in measured.items():
+        assert n == ASKED[name] and right >= WEAK.get((name, task), WANTED[name] - 1 / n), (task, right)    # a sample
 
 
 def test_with_the_picture_blanked_no_task_is_answered_better_than_by_chance(measured):
-    for task, (_, _, blind, guess) in measured.items():
-        assert guess <= 0.5 and blind <= guess + 0.15, (task, blind)  # two standard errors of 60 throws are 0.13
+    for task, (n, _, blind, guess) in measured.items():
+        assert guess <= 0.5 and blind <= guess + 1.2 * n ** -0.5, (task, blind)         # 2.4 standard errors
 
 
-def test_without_the_image_to_question_edge_accuracy_falls_to_chance_where_the_card_says_so(cuts):
-    """All tasks but ChooseCat, which reads the image from the last position."""
-    for task, share in cuts["image->question"].items():
-        assert share <= 0.65 if task != "ChooseCat" else share >= 0.6, (task, share)
-    assert cuts["image->last"]["ChooseCat"] <= 0.6
+def test_without_the_image_to_question_edge_accuracy_falls_to_chance(cuts, measured, name):
+    """In five tasks; in the sixth without the edge from the image to the last position."""
+    for task, (n, _, _, guess) in measured.items():
+        edge = "image->last" if (name, task) in FROM_THE_IMAGE else "image->question"
+        assert cuts[edge][task] <= guess + 1.2 * n ** -0.5, (edge, task)
 
 
 def test_without_the_last_to_last_edge_accuracy_stays(cuts, measured):
     for task, share in cuts["last->last"].items():
-        assert abs(share - measured[task][1]) <= 0.02, task
+        assert abs(share - measured[task][1]) <= 1.5 / measured[task][0], task          # one question at most
 
 
-def test_the_card_tells_what_a_fresh_measurement_tells(measured):
-    """Its accuracies, over all questions, within what 60 of them can tell."""
-    told = dict(re.findall(r"^\| (\w+) \| \d+ \| ([\d.]+) % \|", CARD, re.MULTILINE))
-    for task, (_, right, _, _) in measured.items():
-        assert abs(100 * right - float(told[task])) <= (3 if task in LEARNT else 13), (task, right)
+def test_the_card_tells_what_a_fresh_measurement_tells(measured, name):
+    """Its accuracies, over all questions, within what a sample of them can tell."""
+    section = CARD.partition(f"\n### {name}\n")[2].partition("\n#")[0]
+    told = dict(re.findall(r"^\| (\w+) \| \d+ \| ([\d.]+) % \|", section, re.MULTILINE))
+    for task, (n, right, _, _) in measured.items():
+        assert abs(right - float(told[task]) / 100) <= (0.09 if (name, task) in WEAK else 0.02 + 1 / n), (task, right)
 
 
 def test_the_files_are_small_and_hold_no_surprise():
@@ -95,12 +103,13 @@ def test_around_its_first_layers_image_to_question_costs_the_answer_and_last_to_
     model, lowest = tiny_model, {}
     for edge in ("image->question", "last->last"):
         found = []
-        for q in [q for q in questions if q.task in LEARNT][::12]:
+        for q in questions[::12]:
             p = q.prompt(model)
             x = model.embed(p)
             logits, _ = model.prefill(x)
             token = logits.argmax().item()
-            curve = knockout.curve(model.decoder, x, *map(p.positions, llava_min.parse_edge(edge)), token, 3)
+            curve = knockout.sweep(model.decoder, *knockout.clean_pass(model.decoder, x),
+                                   [list(map(p.positions, llava_min.parse_edge(edge)))], token, 3)[0]
             found.append([knockout.percent(knockout.probability(logits, token), after) for after in curve])
         lowest[edge] = np.mean(found, 0).min()
     assert lowest["image->question"] < -25 and lowest["last->last"] > -1, lowest

@@ -161,8 +161,8 @@ def test_first_token_probability_and_greedy_answer_are_the_originals(name):
 
 @pytest.mark.parametrize("name", ["tiny-llava-1.5", "tiny-llava-1.6", "tiny-llama3-next"])
 def test_knockout_of_every_edge_window_and_layer_is_the_papers(name):
-    """A third of the rows, all nine edges, windows 1, 2, 3, 5, 9, by the sweep and, for a third of those, by the plain
-    loop, too. The HF-layout copies have the same parameters."""
+    """A third of the rows, all nine edges, windows 1, 2, 3, 5, 9, by the sweep and, for an eighth of those, by the
+    plain loop, too. The HF-layout copies have the same parameters."""
     m, compared = model(name), 0
     for i, row in enumerate(golden(name)[::3]):
         p, token, p1 = prompt(name, row["key"]), row["base"]["first_token_id"], row["base"]["p1"]
@@ -177,7 +177,7 @@ def test_knockout_of_every_edge_window_and_layer_is_the_papers(name):
             swept = knockout.sweep(m.decoder, *clean, list(cuts.values()), token, k)
             for (edge, groups), ours in zip(cuts.items(), swept, strict=True):
                 assert ours == pytest.approx(told[edge]["p2"], rel=1e-4), (row["key"], edge, k)
-                if i % 3 == 0:
+                if i % 8 == 0:
                     assert knockout.curve(m.decoder, x, *groups, token, k) == pytest.approx(told[edge]["p2"], rel=1e-4)
                 for p2, change in zip(ours, told[edge]["rel_change_percent"], strict=True):
                     assert abs(knockout.percent(p1, p2) - change) <= 0.02 + 1e-4 * abs(change)

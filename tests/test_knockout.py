@@ -208,13 +208,13 @@ def test_the_sweep_is_the_plain_loop_for_every_group(case, k):
         for target in groups:
             if cut(causal(len(p)), source, target).any(-1).all():
                 cuts.append((source, target))
-    cuts = cuts[::4] if k != 3 else cuts                            # three quarters are spared: the suite is to be fast
+    cuts = cuts[k::8] if k != 3 else cuts[::2]                      # the others are spared: the suite is to be fast
     fast, slow = both(m.decoder, x, cuts, token, k)
-    assert len(cuts) > 20 and len({min(target) for _, target in cuts}) > 4
+    assert len(cuts) > 10 and len({min(target) for _, target in cuts}) > 4
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_sweep_is_the_plain_loop_for_random_edges_windows_heads_and_chunks(case, seed):
     """In float64, where only the softmax rounds to float32: what is left is not rounding of the layers."""
     m, p, x, token = case
