@@ -208,7 +208,7 @@ def test_the_sweep_is_the_plain_loop_for_every_group(case, k):
         for target in groups:
             if cut(causal(len(p)), source, target).any(-1).all():
                 cuts.append((source, target))
-    cuts = cuts[k::8] if k != 3 else cuts[::2]                      # the others are spared: the suite is to be fast
+    cuts = random.Random(k).sample(cuts, len(cuts) // 4)            # the others are spared: the suite is to be fast
     fast, slow = both(m.decoder, x, cuts, token, k)
     assert len(cuts) > 10 and len({min(target) for _, target in cuts}) > 4
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
