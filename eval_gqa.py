@@ -433,11 +433,15 @@ def open_run(args, files, questions, name, columns, **settings):
         origin=files.origin, revision=files.revision, seed=args.seed)
 
 
+class NoRows(ValueError):
+    """A run came to its end and has measured nothing."""
+
+
 def run_all(run, args, files, questions, bad, measure, load=None):
     """Measure every question that the run lacks, and say what was counted and left out.
 
     measure(model, question, args, strict) -> (rows, note); the note may have "right", where the model was asked, and
-    "skipped", a dict of what gave no row and why. load: instead of llava_min.load_files. ValueError: nothing was
+    "skipped", a dict of what gave no row and why. load: instead of llava_min.load_files. NoRows: nothing was
     measured.
     """
     from llava_min import load_files
@@ -465,7 +469,7 @@ def run_all(run, args, files, questions, bad, measure, load=None):
         print(f"{what}: no row for {n} question{'s' * (n > 1)} ({why})")
     if not run.rows_written():
         wrong = known and not args.all and not any(note["right"] for note in notes)
-        raise ValueError("no row was measured: " + (
+        raise NoRows("no row was measured: " + (
             "no question was answered right; --all counts the others, too" if wrong else
             "no question has the groups, or none could be used"))
 

@@ -2,6 +2,7 @@
 
 figures.py: what shares a pass, that its numbers are the instruments' own, and what it writes.
 """
+import dataclasses
 import re
 
 import pytest
@@ -69,6 +70,14 @@ def test_a_figure_of_one_task_asks_that_task_alone_and_draws_a_panel_per_window(
     assert "0" in {r["removed_layers"] for r in read(tmp_path / "out" / "figure_14.csv")}
     code, stdout, err = call(figures.main, 8, "--model", checkpoint("llava-1.5"), *data, "--tasks", "QueryAttr")
     assert code == 2 and "QueryAttr" in err and "ChooseAttr" in err
+
+
+def test_a_figure_without_rows_does_not_keep_the_others_from_being_drawn(call, data, checkpoint, tmp_path, monkeypatch):
+    """Every patch has a norm above 0, so none is left to cut."""
+    monkeypatch.setitem(figures.FIGURES, 16, dataclasses.replace(figures.FIGURES[16], flags=("--max-norm", "0")))
+    code, stdout, err = call(figures.main, 16, 4, "--model", checkpoint("llava-1.5"), *data, "--all", "--out", tmp_path)
+    assert code == 0 and "no row was measured" in stdout and "figure 16: no question has its groups" in stdout, err
+    assert (tmp_path / "figure_4.png").exists() and not (tmp_path / "figure_16.csv").exists()
 
 
 def test_shards_draw_the_figures_once_all_passes_are_together(call, data, checkpoint, tmp_path):
