@@ -47,6 +47,10 @@ class Question:
     def key(self):
         return f"{self.task}/{self.id}"
 
+    def about(self, answer):
+        """What every instrument's rows begin with: id, picture, task, question, answer, and what the model said."""
+        return [self.id, self.image.name if self.image else "", self.task, self.question, self.answer, answer]
+
     def right(self, prediction):
         """Does the prediction count as right? Where several people answered, from a soft accuracy of 0.5 on."""
         if self.answers:

@@ -157,6 +157,7 @@ def cost(figure):
 
 
 def main():
+    from eval_gqa import NoRows
     args = parse()
     if args.list:
         return show_list()
@@ -178,7 +179,6 @@ def main():
         script, flags = SCRIPTS[kind][0], [*flags, *(("--edge", *edges) if edges else ())]
         runs[one] = out / "runs" / folder(one, edges)
         print(f"pass {i} of {len(todo)}: {script.__module__}.py {' '.join(flags)}")
-        from eval_gqa import NoRows
         try:
             script([*flags, *args.passed_on, "--out", str(runs[one])], load)
         except SystemExit as stop:                                  # a shard, and not the last one to finish
@@ -237,7 +237,7 @@ def parse():
             passed_on += ["--shard", "{}/{}".format(*value)] if value else []
         elif name not in ("figures", "list", "out") and value != parser.get_default(name):
             flag, values = "--" + name.replace("_", "-"), value if isinstance(value, list) else [value]
-            for group in [values] if name == "data" else [[v] for v in values]:
+            for group in [values] if name in ("data", "tasks") else [[v] for v in values]:
                 passed_on += [flag, *(str(v) for v in group if v is not True)]
     args.passed_on = passed_on
     return args

@@ -358,9 +358,8 @@ def measure(model, q, args, strict):
         sweep(model.decoder, *clean, list(cuts.values()), *how) if cuts else [])
     for edge, points in zip(cuts, curves, strict=True):
         for layer, p_cut in enumerate(points):
-            rows.append([q.id, q.image.name if q.image else "", q.task, q.question, q.answer, answer,
-                         model.tokenizer.id_to_token(token), "->".join(edge), args.window, layer, p_base, p_cut,
-                         percent(p_base, p_cut)])
+            rows.append([*q.about(answer), model.tokenizer.id_to_token(token), "->".join(edge), args.window, layer,
+                         p_base, p_cut, percent(p_base, p_cut)])
     return rows, {"right": right, "skipped": skipped}
 
 

@@ -123,10 +123,6 @@ COLUMNS = {"lens.csv": (*ABOUT, "layer", "kind", "word", "token", "probability",
            "jaccard.csv": (*ABOUT, "intervention", "window", "layer", "jaccard")}
 
 
-def about(q, answer):
-    return [q.id, q.image.name if q.image else "", q.task, q.question, q.answer, answer]
-
-
 def tracked(q, answer):
     """The words that the lens follows -> list of (kind, word): a Choose question's two options, else its answer; what
     the model says where no answer is known."""
@@ -145,7 +141,7 @@ def measure_lens(model, q, args, strict):
     for kind, word in tracked(q, answer):
         token = model.tokenizer.encode(word, add_special_tokens=False).ids[0]           # as the paper: the first one's
         for layer, value in enumerate(p[:, token].tolist()):
-            rows.append([*about(q, answer), layer, kind, word, model.tokenizer.id_to_token(token), finite(value),
+            rows.append([*q.about(answer), layer, kind, word, model.tokenizer.id_to_token(token), finite(value),
                          args.norm])
     return rows, {"right": right}
 
@@ -182,7 +178,7 @@ def measure_jaccard(model, q, args, strict):
             curves["->".join(edge)] = plainly(forward(d, x, whole, mask, window(l, args.window, L)) for l in range(L))
         else:
             curves["->".join(edge)] = edge_curve(d, *clean, source, target, question, args.window)
-    rows = [[*about(q, answer), what, args.window, layer, value] for what, curve in curves.items()
+    rows = [[*q.about(answer), what, args.window, layer, value] for what, curve in curves.items()
             for layer, value in enumerate(curve)]
     return rows, {"right": right, "skipped": skipped}
 
@@ -290,7 +286,7 @@ def show_top(model, q, args):
         for layer in range(L + 1):
             for n, place in enumerate(places):
                 for rank in range(args.top):
-                    write([*about(q, answer), place, p.tokens[place], layer, 1 + rank,
+                    write([*q.about(answer), place, p.tokens[place], layer, 1 + rank,
                            model.tokenizer.id_to_token(ids[layer, n, rank].item()),
                            finite(values[layer, n, rank].item()), args.norm])
     print(f"{q.question} {answer}   ({args.norm} lens at {args.at})")

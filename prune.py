@@ -148,7 +148,7 @@ def measure(model, q, args, strict):
         before, after = (median(column) for column in list(zip(*runs, strict=True))[3:])
         counts = [T] * (L - X) + [T - len(image) + len(left)] * X
         answer = model.words(ids)
-        rows.append([q.id, q.image.name, q.task, q.question, q.answer, answer, X, int(q.right(answer)),
+        rows.append([*q.about(answer), X, int(q.right(answer)),
                      sum(n - T + len(image) for n in counts) / L, before + after, flops(d.config, counts), before,
                      after, size, args.keep])
     return rows, {"right": right}

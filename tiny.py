@@ -908,20 +908,19 @@ def cut_everywhere(model, questions, edges):
 
     from tqdm import tqdm
 
-    from eval_gqa import is_right
-    from knockout import causal, cut, forward, to_mask, unembed
+    from knockout import blocked, forward, unembed
     from llava_min import EmptyGroup, parse_edge
     right, L = defaultdict(lambda: defaultdict(list)), len(model.decoder.layers)
     for q in tqdm(questions, desc="cut in all layers", unit="question", dynamic_ncols=True):
         p = q.prompt(model)
-        x, keep = model.embed(p), causal(len(p), device=model.device)
+        x = model.embed(p)
         for edge in edges:
             try:
-                blocked = to_mask(cut(keep, *map(p.positions, parse_edge(edge))))
+                mask = blocked(model.decoder, len(p), *map(p.positions, parse_edge(edge))).to(x.device)
             except EmptyGroup:
                 continue
-            token = unembed(model.decoder, forward(model.decoder, x, None, blocked, range(L))[0, -1]).argmax().item()
-            right[edge][q.task].append(is_right(model.words([token]), q.answer))
+            token = unembed(model.decoder, forward(model.decoder, x, None, mask, range(L))[0, -1]).argmax().item()
+            right[edge][q.task].append(q.right(model.words([token])))
     return {edge: {task: (len(r), sum(r) / len(r)) for task, r in sorted(right[edge].items())} for edge in edges}
 
 

@@ -126,3 +126,11 @@ def test_a_figure_that_is_not_there_is_refused_with_those_that_are(call):
     refused(call(figures.main, "99"), "figure 99", "3, 4, 5")
     refused(call(figures.main, "three"), "figure three")
     refused(call(figures.main), "which figure?")
+
+
+def test_flags_that_take_several_values_reach_every_pass_whole(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["figures.py", "3", "--data", "a.csv", "b.csv", "--tasks", "ChooseAttr",
+                                     "ChooseRel", "--object", "cup", "--object", "lamp", "--all"])
+    passed = " ".join(figures.parse().passed_on)
+    assert "--data a.csv b.csv" in passed and "--tasks ChooseAttr ChooseRel" in passed
+    assert "--object cup --object lamp" in passed and "--all" in passed and "True" not in passed
