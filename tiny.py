@@ -442,9 +442,11 @@ def train_tokenizer(texts):
 
 CAPTION = "Describe the image."
 BY_COLOR = "Which shape is which color?"
-# How often each of ASKERS asks in stages 2 and 3: the six tasks more than others, at last LogicalObj more than all.
+# How often each of ASKERS asks in stages 2 to 4: the six tasks more than others, LogicalObj more than all in stage 3,
+# and in stage 4 what it is made of, too: whether a thing is there at all.
 WEIGHTS = {2: (1, 1, 1, .5, 2, 1, 1, 1, .5, 2, 2, 2, .5, 3, 1, 3, 1),
-           3: (1, .5, 1, .5, 1, .5, 1, 1, .5, 1, 2, 1, .5, 10, .5, 2, 1)}
+           3: (1, .5, 1, .5, 1, .5, 1, 1, .5, 1, 2, 1, .5, 10, .5, 2, 1),
+           4: (6, .5, .5, .5, .5, .5, 1, .5, .5, .5, 1, 2, .5, 10, .5, 1, .5)}
 
 
 def corpus(seed):
@@ -635,15 +637,15 @@ def look(model, heads, seed, step, batch):
 PARTS = [len(SHAPES), len(COLORS), len(SIZES), 3, 3, 2]             # how many answers each question of stage 0 has
 
 
-def train(out, anyres=False, start=None, steps=(2500, 800, 1500, 2500), seed=0, device="cpu", batch=24, rate=1.5e-3,
+def train(out, anyres=False, start=None, steps=(2500, 800, 1500, 2500, 0), seed=0, device="cpu", batch=24, rate=1.5e-3,
           save_every=200):
-    """Train a model into the folder `out`, in four stages.
+    """Train a model into the folder `out`, in five stages.
 
     Stage 0 teaches the vision tower what a patch shows, in the place of CLIP's own training, on 2 `batch` pictures a
     step. Stages 1 and 2 are LLaVA's: descriptions, then questions; all weights learn in both, since none but the
-    tower's have learnt anything before. Stage 3 asks more of what is learnt last. The learning rate rises for 200 steps
-    and falls over the last 30 % of stage 0 and of what follows. steps: of the four. start: a folder to start from
-    instead of random weights.
+    tower's have learnt anything before. Stages 3 and 4 ask more of what is learnt last. The learning rate rises for 200
+    steps and falls over the last 30 % of stage 0 and of what follows. steps: of the five. start: a folder to start
+    from instead of random weights.
     What is in `out` already is gone on with. ValueError: it was made otherwise, or is finished.
     """
     import time
@@ -672,7 +674,7 @@ def train(out, anyres=False, start=None, steps=(2500, 800, 1500, 2500), seed=0, 
     first, lines, seconds = restore(state, settings, named, opt) if state.exists() else (0, [], 0.0)
     total, began, recent = sum(steps), time.time() - seconds, []
     for step in tqdm(range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True):
-        stage = sum(step >= end for end in accumulate(steps[:3]))
+        stage = sum(step >= end for end in accumulate(steps[:-1]))
         at, length = (step, steps[0]) if stage == 0 else (step - steps[0], total - steps[0])
         for group in opt.param_groups:
             group["lr"] = rate * min(1, (at + 1) / 200, (length - at) / (0.3 * length))
@@ -954,7 +956,7 @@ def parse():
     sub.add_argument("folder", metavar="DIR")
     sub.add_argument("--anyres", action="store_true", help="a LLaVA-1.6: tiles, newlines, unpad")
     sub.add_argument("--start", metavar="DIR", help="a finished model to start from")
-    sub.add_argument("--steps", type=int, nargs=4, metavar="N", help="of the four stages")
+    sub.add_argument("--steps", type=int, nargs=5, metavar="N", help="of the five stages")
     sub.add_argument("--rate", type=float, metavar="X", help="highest learning rate")
     sub.add_argument("--batch", type=count, default=24, metavar="N", help="pictures in a step (24)")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and scenes (0)")
@@ -976,7 +978,9 @@ def main():
         print(f"wrote {args.folder}: {args.train} + {args.val} pictures and their questions, scene graphs and regions")
     elif args.command == "train":
         import llava_min
-        steps, rate = ((0, 0, 300, 350), 5e-4) if args.start else ((2500, 800, 1500, 2500), 1.5e-3)
+        steps, rate = (2500, 800, 1500, 2500, 0), 1.5e-3
+        if args.start:
+            steps, rate = ((0, 0, 300, 0, 350), 5e-4) if args.anyres else ((0, 0, 0, 0, 1500), 8e-4)
         train(args.folder, args.anyres, args.start, tuple(args.steps or steps), args.seed,
               llava_min.pick_device(args.device), args.batch, args.rate or rate)
         print(f"wrote {args.folder}; try: python tiny.py score --model {args.folder}")

@@ -348,7 +348,7 @@ def test_a_patch_shows_the_thing_that_covers_most_of_it(fresh):
 
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     def run(folder):
-        tiny.train(folder, steps=(3, 2, 2, 1), batch=2, seed=1, save_every=2)
+        tiny.train(folder, steps=(3, 2, 1, 1, 1), batch=2, seed=1, save_every=2)
     run(tmp_path / "straight")
     real = tiny.lesson
 
@@ -362,7 +362,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     assert (tmp_path / "stopped" / "training.safetensors").exists()
     monkeypatch.undo()
     with pytest.raises(ValueError, match="begun with seed = 1, this is 2"):
-        tiny.train(tmp_path / "stopped", steps=(3, 2, 2, 1), batch=2, seed=2)
+        tiny.train(tmp_path / "stopped", steps=(3, 2, 1, 1, 1), batch=2, seed=2)
     run(tmp_path / "stopped")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
@@ -370,7 +370,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds a finished model"):
         run(tmp_path / "stopped")
 
-    tiny.train(tmp_path / "on", anyres=True, start=tmp_path / "straight", steps=(0, 0, 1, 0), batch=2)
+    tiny.train(tmp_path / "on", anyres=True, start=tmp_path / "straight", steps=(0, 0, 1, 0, 0), batch=2)
     assert llava_min.load(str(tmp_path / "on")).config.aspect == "anyres"
 
 
