@@ -178,13 +178,15 @@ def load(args):
 
 
 class Question:
-    """Random embeddings in the shape of a published model's prompt: 35 tokens from where the question starts, 12 of
-    them its own, the image before them. T: tokens."""
+    """Random embeddings in the shape of a published model's prompt: the system's 37 tokens, the image, and `behind`
+    more from where the question starts, 12 of them its own. 29 is the median of the paper's questions, with 24 the
+    fewest and 36 the most (72 of them through the published tokenizers). T: tokens."""
 
-    def __init__(self, name, decoder):
-        images = 576 if SHAPES[name][2] == 1 else 2200
-        self.T = 9 + images + 35
-        image, question, last = list(range(9, 9 + images)), list(range(9 + images, 21 + images)), [self.T - 1]
+    def __init__(self, name, decoder, behind=29):
+        start, images = 37, 576 if SHAPES[name][2] == 1 else 2200
+        end = start + images
+        self.T = end + behind
+        image, question, last = list(range(start, end)), list(range(end, end + 12)), [self.T - 1]
         groups = {"image": image, "question": question, "last": last, "related_patches": image[100:160],
                   "other_patches": image[:100] + image[160:]}
         self.cuts = [[groups[g] for g in edge.split("->")] for edge in knockout.EDGES]
@@ -231,7 +233,7 @@ def sweep(args):
     if not baseline:
         print("the paper's way is left out: pip install transformers")
     decoder = build(args.model, args.layers, dtype, args.device)
-    q, L, c = Question(args.model, decoder), len(decoder.layers), decoder.config
+    q, L, c = Question(args.model, decoder, args.behind), len(decoder.layers), decoder.config
     encode = encoders(args.model, c.width, dtype, args.device, baseline)
     clean = knockout.to_mask(knockout.causal(q.T)).to(args.device)
     found = {}
@@ -287,7 +289,7 @@ def sweep(args):
     head = ["side", "seconds", "fastest", "slowest", "clean forwards", "token-layers", "FLOPs", "peak MB", "timed"]
     print(f"{args.model}, {L} layers, {args.dtype} on {args.device}, {q.T} tokens, window {k}, {forwards} forwards the "
           f"plain way; token-layers and FLOPs in clean forwards; peak memory on top of the weights")
-    table([head, *rows], args.out / f"sweep_{args.model}_{L}_{args.dtype}_{args.device}.csv")
+    table([head, *rows], args.out / f"sweep_{args.model}_{L}_{q.T}_{args.dtype}_{args.device}.csv")
     ours = statistics.median(seconds["sweep, six edges"])
     for name, gap in gaps.items():
         print(f"{name}: {statistics.median(seconds[name]) * forwards / ours:.1f} times the sweep; probabilities differ "
@@ -298,14 +300,14 @@ def tree(args):
     """One layer for all 3 L branches of figures 4 and 5, with more or fewer of them to a sequence in attention."""
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
         decoder = build(name, 1, getattr(torch, args.dtype), args.device)
-        for past in (585, 2209):
+        for past in (613, 2237):
             time_tree(args, name, decoder, past)
 
 
 @torch.inference_mode()
 def time_tree(args, name, decoder, past):
     module, sizes, _ = SHAPES[name]
-    c, n, L = decoder.config, 35, module.Config(**sizes).layers
+    c, n, L = decoder.config, 29, module.Config(**sizes).layers
     random = torch.Generator().manual_seed(1)
 
     def draw(*shape):
@@ -390,6 +392,8 @@ def main():
     parser.add_argument("--layers", type=count, metavar="L", help="decoder layers (3; sweep: all of the model's)")
     parser.add_argument("--sample", type=count, default=24, metavar="N",
                         help="sweep: points of the slow sides' curves that are timed (24)")
+    parser.add_argument("--behind", type=count, default=29, metavar="N",
+                        help="sweep: tokens from where the question starts, from 13 on (29, the paper's median)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="sweep: its CSV (out/bench)")
     parser.add_argument("--tokens", type=count, nargs="+", default=[620, 2200], metavar="T",
                         help="sequence lengths (620, as LLaVA-1.5; 2200, as AnyRes)")
@@ -404,6 +408,8 @@ def main():
             raise ValueError("the baseline is missing: pip install transformers")
     print(f"torch {versions()['torch']}, transformers {theirs}, {box['cores']} cores, {box['threads']} threads, "
           f"{box['gpus'] or 'no GPU'}")
+    if args.behind < 13:
+        raise ValueError(f"--behind {args.behind}: the question has 12 tokens, and the last position comes after it")
     {"forward": forward, "load": load, "tree": tree, "prune": drop, "sweep": sweep}[args.what](args)
 
 

@@ -216,6 +216,30 @@ def curves(file, rows, picture, series, value, scale, title, x_label, y_label, l
     return drawn
 
 
+def accuracy(file, picture):
+    """Table 2 from an accuracy.csv: structure by semantics, in each cell accuracy, interval, number of questions."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    rows = [row for row in read(file, ("group", "questions", "accuracy", "low", "high")) if "/" in row["group"]]
+    if not rows:
+        raise ValueError(f"{file} has none of GQA's groups")
+    down, across = (list(dict.fromkeys(row["group"].split("/")[i] for row in rows)) for i in range(2))
+    shares = np.full((len(down), len(across)), np.nan)
+    fig, ax = plt.subplots(figsize=(1.6 + 1.25 * len(across), 1.4 + 0.6 * len(down)), layout="constrained")
+    for row in rows:
+        y, x = (names.index(name) for names, name in zip((down, across), row["group"].split("/"), strict=True))
+        shares[y, x], low, high = (100 * float(row[key]) for key in ("accuracy", "low", "high"))
+        ax.text(x, y, f"{shares[y, x]:.1f}\n{low:.0f} to {high:.0f}\nn = {row['questions']}", ha="center", va="center",
+                fontsize=7, color="white" if shares[y, x] > 60 else "black")
+    shown = ax.imshow(shares, vmin=0, vmax=100, cmap="Blues", aspect="auto")
+    ax.set_xticks(range(len(across)), across, fontsize=8)
+    ax.set_yticks(range(len(down)), down, fontsize=8)
+    fig.colorbar(shown, label="accuracy, %")
+    fig.suptitle("Accuracy by kind of question, with 95 % intervals", fontsize=10)
+    save(fig, picture)
+
+
 def words(title, heads, cells, shares, picture):
     """A grid of words, layer 0 lowest, coloured by probability. cells, shares: a row per layer, a column per head."""
     import matplotlib
@@ -303,12 +327,13 @@ def groups(image, prompt, boxes, annotated, picture):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", metavar="CSV", help="a knockout.csv, lens.csv, jaccard.csv or prune.csv")
+    parser.add_argument("csv", metavar="CSV", help="a knockout.csv, lens.csv, jaccard.csv, prune.csv or accuracy.csv")
     parser.add_argument("--out", metavar="PNG", help="the picture's file (beside the CSV)")
     args = parser.parse_args()
     picture = args.out or Path(args.csv).with_suffix(".png")
-    draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune}
-    head = read(args.csv, ("question_id",))[0]
+    draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune, "group": accuracy,
+            "patch": norms}
+    head = read(args.csv, ())[0]
     next((draw[column] for column in draw if column in head), knockout)(args.csv, picture)
     print(f"wrote {picture}")
 

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import read
 
 import clip_vit
 import eval_gqa
+import figures
 import knockout
 import lens
 import llama3
@@ -183,6 +185,38 @@ def test_knockout_of_every_edge_window_and_layer_is_the_papers(name):
                     assert abs(knockout.percent(p1, p2) - change) <= 0.02 + 1e-4 * abs(change)
                 compared += 1
     assert compared > 500
+
+
+@pytest.mark.parametrize("name", ["tiny-llava-1.5", "tiny-llama3-next"])
+def test_figures_3_4_6_7_and_8_hold_the_papers_numbers(name, call, tmp_path, monkeypatch):
+    """Through figures.py and its files. Of window 9 the paper's code gave two edges, of 1, 3 and 5 all of them."""
+    monkeypatch.setattr(figures, "draw", lambda *args, **how: None)
+    checkpoint, tower = MODELS[name]
+    code, _, err = call(figures.main, 3, 4, 6, 7, 8, "--model", G / checkpoint, "--vision-tower", G / tower, "--data",
+                        *sorted((G / "rows").glob("*.csv")), "--images", G / "images", "--limit", 1, "--all", "--dtype",
+                        "float32", "--device", "cpu", "--out", tmp_path)
+    assert code == 0, err
+    told, compared = {row["key"]: row for row in golden(name)}, set()
+    official = {"->".join(llava_min.parse_edge(edge)): edge for edge in EDGES}
+    for number in (3, 4, 7, 8):
+        for row in read(tmp_path / f"figure_{number}.csv"):
+            flows = told[f"{row['task']}/{row['question_id']}"]["flows"][official[row["edge"]]]
+            if theirs := flows.get(row["window"]):
+                assert float(row["p_knockout"]) == pytest.approx(theirs["p2"][int(row["layer"])], rel=1e-4)
+                compared.add((number, row["edge"], row["window"], row["task"]))
+    assert {(n, edge, k) for n, edge, k, _ in compared} == {
+        *((n, edge, "9") for n, edge in ((3, "question->last"), (4, "image->question"), (7, "question->last"),
+                                         (8, "image->question"))),
+        *((7, edge, k) for edge in ("question->last", "image->last") for k in "135"),
+        *((8, "image->question", k) for k in "135")}
+    assert {task for n, _, _, task in compared if n == 3} == set(eval_gqa.SIX)
+    kinds = {"answer_lower": "Noncapitalized Answer", "answer_capitalized": "Capitalized Answer",
+             "false_lower": "Noncapitalized False Option", "false_capitalized": "Capitalized False Option"}
+    rows = read(tmp_path / "figure_6.csv")
+    for row in rows:
+        theirs = told[f"{row['task']}/{row['question_id']}"]["logit_lens"]["words"][kinds[row["kind"]]]
+        assert 100 * float(row["probability"]) == pytest.approx(theirs["percent"][int(row["layer"])], rel=2e-4)
+    assert len(rows) == 7 * (3 * 4 + 3 * 2)                      # layers x words, four where there is a false option
 
 
 @pytest.mark.parametrize("name", ["tiny-llava-1.5", "tiny-llava-1.6", "tiny-llama3-next"])
