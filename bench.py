@@ -7,11 +7,13 @@ Run     python bench.py forward                  one clean forward pass at 7B wi
         python bench.py load                     loading a sharded checkpoint: seconds and peak memory
         python bench.py tree                     knockout.TREE_ROWS: how many rows attention should take at a time
         python bench.py prune --layers 8         prefill without the image in the upper layers: time and FLOPs saved
+        python bench.py noise                    what bfloat16 and float16 do to the curves of the bundled model
         python bench.py sweep --model llava-1.5-7b --layers 8          knockout of figures 3-5, all layers of six edges:
                                                  in one pass, the plain way, and the paper's way in transformers
 
-Weights are random; widths are the published models', and only the number of layers is cut, to fit a small machine. The
-sides take turns, and what counts is the median of the ratios of neighbours: machines drift, neighbours drift together.
+Weights are random, but noise's; widths are the published models', and only the number of layers is cut, to fit a small
+machine. The sides take turns, and what counts is the median of the ratios of neighbours: machines drift, and neighbours
+drift together.
 """
 import csv
 import ctypes
@@ -348,6 +350,37 @@ def drop(args):
     table(rows, args.out / f"prune_{args.model}_{L}_{args.dtype}_{args.device}.csv")
 
 
+@torch.inference_mode()
+def noise(args):
+    """Knockout of figures 3-5 on the bundled model, 20 questions a task, in each dtype against float32."""
+    import eval_gqa
+    import llava_min
+    questions = eval_gqa.read_any(eval_gqa.BUNDLED, eval_gqa.BUNDLED.parent / "images", None, 20)
+    curves, tokens = {}, []
+    for dtype in ("float32", "bfloat16", "float16"):
+        model, found = llava_min.load("llava-tiny", dtype=dtype, device=args.device), []
+        for i, q in enumerate(questions):
+            p = q.prompt(model)
+            stream, caches = knockout.clean_pass(model.decoder, model.embed(p))
+            logits = knockout.unembed(model.decoder, stream[-1][0, -1])
+            tokens += [logits.argmax().item()] if dtype == "float32" else []
+            cuts = [[p.positions(g) for g in edge.split("->")] for edge in knockout.EDGES]
+            base = knockout.probability(logits, tokens[i])
+            found.append([[knockout.percent(base, v) for v in values]
+                          for values in knockout.sweep(model.decoder, stream, caches, cuts, tokens[i], 3)])
+        curves[dtype] = torch.tensor(found, dtype=torch.float64)    # (questions, edges, L)
+    tasks = [[i for i, q in enumerate(questions) if q.task == task] for task in eval_gqa.SIX]
+    print(f"llava-tiny, {len(questions)} questions, {len(knockout.EDGES)} edges, window 3, on {args.device}: "
+          "change_percent against float32's, in percentage points")
+    rows = [["dtype", "a point, median", "95 %", "most", "a task's mean curve, most"]]
+    for dtype in ("bfloat16", "float16"):
+        off = (curves[dtype] - curves["float32"]).abs()
+        mean = max((curves[dtype][task].mean(0) - curves["float32"][task].mean(0)).abs().max() for task in tasks)
+        values = (off.median(), off.quantile(0.95), off.max(), mean)
+        rows.append([dtype, *(f"{v.item():.2g}" for v in values)])
+    table(rows, args.out / f"noise_{args.device}.csv")
+
+
 def table(rows, file):
     """Print rows, the first of them the head, and write them as CSV."""
     for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
@@ -386,7 +419,7 @@ def peak(run, device):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("forward", "load", "tree", "prune", "sweep"))
+    parser.add_argument("what", choices=("forward", "load", "tree", "prune", "noise", "sweep"))
     parser.add_argument("--model", choices=SHAPES, default="llava-1.5-7b", help="whose widths (llava-1.5-7b)")
     parser.add_argument("--random", action="store_true", help="random weights, as always")
     parser.add_argument("--layers", type=count, metavar="L", help="decoder layers (3; sweep: all of the model's)")
@@ -410,7 +443,7 @@ def main():
           f"{box['gpus'] or 'no GPU'}")
     if args.behind < 13:
         raise ValueError(f"--behind {args.behind}: the question has 12 tokens, and the last position comes after it")
-    {"forward": forward, "load": load, "tree": tree, "prune": drop, "sweep": sweep}[args.what](args)
+    {"forward": forward, "load": load, "tree": tree, "prune": drop, "noise": noise, "sweep": sweep}[args.what](args)
 
 
 if __name__ == "__main__":
