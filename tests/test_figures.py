@@ -7,7 +7,7 @@ import re
 
 import pytest
 import world
-from commands import read, refused
+from commands import HEADER, ROWS, read, refused
 from PIL import Image
 
 import eval_gqa
@@ -82,6 +82,25 @@ def test_a_figure_without_rows_does_not_keep_the_others_from_being_drawn(call, d
                              "--out", tmp_path)
     assert code == 0 and "no row was measured" in stdout and "figure_16: no question has its groups" in stdout, err
     assert (tmp_path / "figure_4.png").exists() and not (tmp_path / "figure_16.csv").exists()
+
+
+def test_figure_17_of_a_text_only_model_is_the_plain_loops(call, checkpoint, model, tmp_path):
+    file = tmp_path / "x_Cap.csv"
+    file.write_text(f"{HEADER},captions\n" + "".join(f"{row},{said}\n" for row, said in zip(
+        ROWS, ("a red cup. a table.", "two dogs."), strict=False)))
+    code, _, err = call(figures.main, 17, "--model", checkpoint("vicuna"), "--data", file, "--all", "--dtype",
+                        "float32", "--out", tmp_path / "out")
+    assert code == 0, err
+    rows, m = read(tmp_path / "out" / "figure_17.csv"), model("vicuna")
+    for q in eval_gqa.read_csv(file, None):
+        p = q.prompt(m)
+        x = m.embed(p)
+        token = m.prefill(x)[0].argmax().item()
+        for edge in ("captions", "question"):
+            mine = [float(r["p_knockout"]) for r in rows if (r["question_id"], r["edge"]) == (q.id, f"{edge}->last")]
+            assert mine == pytest.approx(knockout.curve(m.decoder, x, p.positions(edge), p.positions("last"), token, 9),
+                                         rel=1e-5)
+    assert len(rows) == 2 * 2 * len(m.decoder.layers)
 
 
 def test_figures_18_and_19_are_three_of_figures_on_other_questions(call, checkpoint, tmp_path):
