@@ -204,24 +204,30 @@ def accuracy(argv, load):
     eval_gqa.main(["--questions" if arg == "--data" else arg for arg in argv if arg != "--all"], load)
 
 
-def main():
-    from eval_gqa import NoRows
-    args = parse()
-    if args.list:
-        return show_list()
-    everything, tables = "all" in args.figures, [t for t in TABLES if t in args.figures]
-    numbers = list(FIGURES) if everything else sorted({int(n) for n in args.figures if n not in TABLES})
-    if everything:                                                  # 13, 20 to 31: the same passes on other models
-        from llava_min import resolve, sees
+def choose(args):
+    """What was asked for -> (figure numbers, names of tables). ValueError: the questions are not of its kind."""
+    from llava_min import resolve, sees
+    if "all" in args.figures:                                       # 13, 20 to 31: the same passes on other models
         seen = sees(resolve(args.model, args.revision, args.vision_tower))
-        numbers = [n for n in numbers if (n not in OF_TEXT) == seen and not 18 <= n <= 31 and n != 13]
-        tables = list(TABLES) if seen and whole_gqa(args) else tables
+        return ([n for n in FIGURES if (n not in OF_TEXT) == seen and not 18 <= n <= 31 and n != 13],
+                list(TABLES) if seen and whole_gqa(args) else [])
+    numbers = sorted({int(n) for n in args.figures if n not in TABLES})
+    tables = [t for t in TABLES if t in args.figures]
     other = next((n for n in numbers if n in OF_OTHER_DATA and not args.data), None)
     if other:
         raise ValueError(f"figure {other} is of {FIGURES[other].needs}: give its questions with --data, and --images")
     if tables and not whole_gqa(args):
         raise ValueError(f"{tables[0]} is of one JSON file of GQA's, all of it: give it with --data, without --tasks")
-    out, models, chosen = Path(args.out), {}, pictures(numbers)
+    return numbers, tables
+
+
+def main():
+    from eval_gqa import NoRows
+    args = parse()
+    if args.list:
+        return show_list()
+    numbers, tables = choose(args)
+    out, models, chosen, runs = Path(args.out), {}, pictures(numbers), {}
 
     def load(files, args):
         from llava_min import load_files
@@ -230,7 +236,7 @@ def main():
         return models["one"]
 
     def run(script, argv, to):
-        """One pass into the folder `to`."""
+        """One pass into a folder."""
         try:
             script([*argv, *args.passed_on, "--out", str(to)], load)
         except SystemExit as stop:                                  # a shard, and not the last one to finish
@@ -239,40 +245,50 @@ def main():
         except NoRows as e:                                         # the other figures need not wait for this one
             print(f"{to}: {e}")
     if "figure_16" in chosen:
-        most = args.max_norm
+        most, file = args.max_norm, out / "runs" / "norms" / "norms.csv"
         if most is None:
-            run(norms, [], out / "runs" / "norms")
-            if not (out / "runs" / "norms" / "norms.csv").exists():
-                return print("the last shard to finish knows the norms; then call all of them again")
-            most = threshold(out / "runs" / "norms" / "norms.csv")
-        print(f"figure 16 leaves out patches of a norm above {most:g}")
-        chosen["figure_16"] = replace(chosen["figure_16"], flags=("--max-norm", f"{most:g}"))
-    todo, runs = plan(chosen.values()), {}
+            run(norms, [], file.parent)
+            most = threshold(file) if file.exists() else None
+        if most is None:
+            print("figure 16 needs the norms of all shards: ask for it again when they are there")
+            del chosen["figure_16"]
+        else:
+            print(f"figure 16 leaves out patches of a norm above {most:g}")
+            chosen["figure_16"] = replace(chosen["figure_16"], flags=("--max-norm", f"{most:g}"))
+    todo = plan(chosen.values())
     for i, (one, edges) in enumerate(todo.items(), 1):
         kind, flags = one
         script, flags = SCRIPTS[kind][0], [*flags, *(("--edge", *edges) if edges else ())]
         runs[one] = out / "runs" / folder(one, edges)
         print(f"pass {i} of {len(todo)}: {script.__module__}.py {' '.join(flags)}")
         run(script, flags, runs[one])
-    evaluated = out / "runs" / "eval_gqa"
-    if tables:
-        print("tables: eval_gqa.py")
-        run(accuracy, ("--collect", str(out / "table_1")) if "table1" in tables else (), evaluated)
-    if any(not (runs[one] / SCRIPTS[one[0]][1]).exists() for one in todo) or (
-            tables and not (evaluated / "accuracy.csv").exists()):
-        return print("the last shard to finish draws the figures")
     for name, figure in chosen.items():
-        head, rows = rows_of(figure, runs)
-        if not rows:
-            print(f"{name}: no question has its groups")
-            continue
-        file = out / f"{name}.csv"
-        with open(file, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, head, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        draw(SCRIPTS[figure.kind][2], file, **({"panel": "window"} if figure.windows else {}))
-        print(f"{name}, {figure.about}: {file}, .png, .pdf")
+        show_figure(name, figure, runs, out)
+    if tables:
+        run(accuracy, ("--collect", str(out / "table_1")) if "table1" in tables else (), out / "runs" / "eval_gqa")
+        show_tables(tables, out / "runs" / "eval_gqa", out)
+
+
+def show_figure(name, figure, runs, out):
+    """A figure's three files from its passes, if these are complete."""
+    if any(not (runs[one] / SCRIPTS[one[0]][1]).exists() for one in passes(figure)):
+        return print(f"{name}: the last shard to finish draws it")
+    head, rows = rows_of(figure, runs)
+    if not rows:
+        return print(f"{name}: no question has its groups")
+    file = out / f"{name}.csv"
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, head, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(SCRIPTS[figure.kind][2], file, **({"panel": "window"} if figure.windows else {}))
+    print(f"{name}, {figure.about}: {file}, .png, .pdf")
+
+
+def show_tables(tables, evaluated, out):
+    """Tables 1 and 2 from the folder of eval_gqa.py, if that is complete."""
+    if not (evaluated / "accuracy.csv").exists():
+        return print(f"{' and '.join(tables)}: the last shard to finish writes them")
     if "table1" in tables:
         print(f"table_1, {TABLES['table1']}: {write_table_1(out, evaluated / 'eval.csv')}")
     if "table2" in tables:
