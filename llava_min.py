@@ -38,7 +38,7 @@ MODELS = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf
           "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
           "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
           "llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf", "vicuna-1.5-13b": "lmsys/vicuna-13b-v1.5"}
-BUNDLED = {"llava-tiny": Path(__file__).resolve().parent / "tiny" / "llava-tiny"}
+BUNDLED = {name: Path(__file__).resolve().parent / "tiny" / name for name in ("llava-tiny", "llava-tiny-anyres")}
 
 # The words around the user's message, as LLaVA's conversation.py has them: (before, after). The end-of-prompt newline
 # of the second is the paper's own addition (its code appends " \n" to the whole prompt of llama3-llava-next-8b).

@@ -19,7 +19,7 @@ import tiny
 FOLDER = eval_gqa.BUNDLED.parents[1]
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
 WANTED = {"llava-tiny": 0.95, "llava-tiny-anyres": 0.93}           # right answers, in each task
-FROM_THE_IMAGE = {("llava-tiny", "ChooseCat")}                     # the card: its last position looks there itself
+FROM_THE_IMAGE = {(name, "ChooseCat") for name in WANTED}          # the card: its last position looks there itself
 ASKED = {"llava-tiny": 60, "llava-tiny-anyres": 25}                # of each task; AnyRes takes longer
 
 
