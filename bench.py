@@ -394,8 +394,8 @@ def table(rows, file):
 def floor(c, T, L, cuts, k):
     """FLOPs of a clean pass and a sweep over those of the clean pass, nothing counted that a mask hides."""
     last = prune.layer_flops(c, T - 1, T)
-    return 1 + sum(prune.layer_flops(c, min(target), T) * (L - 1 - layer) + last
-                   for _, target in cuts for layer in knockout.leaving(k, L)) / (L * prune.layer_flops(c, 0, T))
+    return 1 + sum(prune.layer_flops(c, min(target), T) * (L - 1 - knockout.window(l, k, L).start) + last
+                   for _, target in cuts for l in range(L)) / (L * prune.layer_flops(c, 0, T))
 
 
 def peak(run, device):

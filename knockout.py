@@ -147,7 +147,7 @@ def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=8192):
     Attention looks back only. So a cut leaves the rows before its first target row s as they are in the clean pass,
     and rows from s on, too, below the window. Every point of a curve is therefore a *branch*: it leaves the clean
     stream at its window's first layer, with the n = T - s rows from s on, and looks back at the clean keys and values.
-    The branches of all cuts with the same s go through a layer together; windows that open together start as one.
+    The branches of all cuts with the same s go through a layer together.
 
     stream, caches: from `clean_pass`; a cache may have grown since. rows: see `branches`.
     """
@@ -167,56 +167,33 @@ def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=8192):
 
 def token_layers(T, L, cuts, k):
     """How many tokens go through how many layers in a clean pass and `sweep`, in units of that clean pass."""
-    return 1 + sum((T - min(target)) * (L - 1 - layer) + 1          # one in the last layer
-                   for _, target in cuts for layer in leaving(k, L)) / (T * L)
-
-
-def leaving(k, L):
-    """The layers at which the branches of one curve begin; one that is the same as another has none."""
-    return [layer for _, layer in forks([(1, window(l, k, L)) for l in range(L)]) if layer < L]
-
-
-def forks(cuts):
-    """Where branches begin: for each of cuts, (intervention, layers), -> (the branch it leaves, at which layer).
-
-    Of windows that open together, as those do that are clipped at layer 0, the longest leaves the clean pass there (its
-    number here is its own), and each other leaves that one where its own closes.
-    """
-    longest = {}
-    for b, (m, layers) in enumerate(cuts):
-        if len(layers) > len(cuts[longest.setdefault((m, layers.start), b)][1]):
-            longest[m, layers.start] = b
-    parents = [longest[m, layers.start] for m, layers in cuts]
-    return [(p, layers.start if p == b else layers.stop)
-            for b, (p, (_, layers)) in enumerate(zip(parents, cuts, strict=True))]
+    return 1 + sum((T - min(target)) * (L - 1 - window(l, k, L).start) + 1           # one in the last layer
+                   for _, target in cuts for l in range(L)) / (T * L)
 
 
 def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=8192):
     """The residual stream (B, len(keep), C) in which the rows `keep` of B branches end, each with an intervention.
 
-    cuts: for each branch the number of its intervention and its layers. masks (M, 1 or H, n, T) of intervention 0,
-    which is none, 1, .. gates (M, 2, n, 1): what attention's and the MLP's outputs are multiplied with, row by row.
-    rows: how many go through a layer at once; fewer need less memory and read the weights more often.
+    cuts: for each branch the number of its intervention and its layers, those that open first in front. masks
+    (M, 1 or H, n, T) of intervention 0, which is none, 1, .. gates (M, 2, n, 1): what attention's and the MLP's outputs
+    are multiplied with, row by row. rows: how many go through a layer at once; fewer need less memory and read the
+    weights more often.
     """
     n, T = masks.shape[2:]
-    L, few, found = len(decoder.layers), max(1, rows // n), []
     cos, sin = decoder.rope(torch.arange(T - n, T, device=masks.device))
-    keep = torch.tensor(keep, device=masks.device)
+    few, found, keep = max(1, rows // n), [], torch.tensor(keep, device=masks.device)
     for part in (cuts[i:i + few] for i in range(0, len(cuts), few)):
-        plan = forks(part)
-        order = sorted(range(len(part)), key=lambda b: plan[b][1])  # as they begin, so they lie in x
-        begin = [[None if plan[b][0] == b else order.index(plan[b][0]) for b in order if plan[b][1] == i]
-                 for i in range(L + 1)]                             # None: leaves the clean pass
-        which = torch.tensor([[part[b][0] if i in part[b][1] else 0 for b in order] for i in range(L)])
-        which, back = which.to(masks.device), torch.tensor(order).argsort().to(masks.device)    # no waiting in the loop
+        which = torch.tensor([[m if i in layers else 0 for m, layers in part] for i in range(len(decoder.layers))])
+        which = which.to(masks.device)                              # (L, B), moved here: no waiting between layers
         x = stream[0][:, T - n:].expand(0, -1, -1)                  # (B, n, C), no branch yet
         for i, layer in enumerate(decoder.layers):
-            x = torch.cat((x, *(stream[i][:, T - n:] if at is None else x[at][None] for at in begin[i])))
+            new = sum(layers.start == i for _, layers in part)
+            x = torch.cat((x, stream[i][:, T - n:].expand(new, -1, -1)))
             past, wanted = [t[:, :, :T - n] for t in caches[i]], slice(None)
-            if i + 1 == L:
+            if i + 1 == len(decoder.layers):
                 wanted = keep                                       # no layer is left that would look at the others
             x = branch_layer(layer, x, cos, sin, past, masks, which[i, :len(x)], gates, wanted) if len(x) else x
-        found.append(torch.cat((x, *(x[at][None] for at in begin[L])))[back])
+        found.append(x)
     return torch.cat(found)
 
 

@@ -34,9 +34,8 @@ def test_every_figure_names_groups_that_exist_and_a_registered_model():
 
 
 def test_the_cost_of_a_figure_counts_its_branches():
-    """Figure 3 on 40 layers: a clean pass and three one-token branches per layer, each from its window's start up. The
-    longest of the five windows clipped at layer 0 stands for the others until they close."""
-    branches = sum(40 - (max(0, l - 4) if l >= 4 else l + 5) for l in range(40))
+    """Figure 3 on 40 layers: a clean pass and three one-token branches per layer, each from its window's start up."""
+    branches = sum(40 - max(0, l - 4) for l in range(40))
     assert figures.cost(figures.FIGURES[3]) == pytest.approx(1 + 3 * branches / (642 * 40))
     assert figures.cost(figures.FIGURES[6]) == 1
     assert figures.cost(figures.FIGURES[7]) > len(figures.WINDOWS)
