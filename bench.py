@@ -5,7 +5,7 @@ Needs   transformers beside the project's own requirements (pip install transfor
         nowhere else.
 Run     python bench.py forward                  one clean forward pass at 7B widths against transformers with SDPA
         python bench.py load                     loading a sharded checkpoint: seconds and peak memory
-        python bench.py tree                     knockout.TREE_ROWS: how many rows attention should take at a time
+        python bench.py tree                     how many rows of branches attention, and a layer, should take at a time
         python bench.py prune --layers 8         prefill without the image in the upper layers: time and FLOPs saved
         python bench.py noise                    what bfloat16 and float16 do to the curves of the bundled model
         python bench.py sweep --model llava-1.5-7b --layers 8          knockout of figures 3-5, all layers of six edges:
@@ -17,6 +17,7 @@ drift together.
 """
 import csv
 import ctypes
+import inspect
 import json
 import statistics
 import subprocess
@@ -308,6 +309,7 @@ def tree(args):
 
 @torch.inference_mode()
 def time_tree(args, name, decoder, past):
+    best, at_once = knockout.TREE_ROWS, inspect.signature(knockout.branches).parameters["rows"].default
     module, sizes, _ = SHAPES[name]
     c, n, L = decoder.config, 29, module.Config(**sizes).layers
     random = torch.Generator().manual_seed(1)
@@ -319,16 +321,20 @@ def time_tree(args, name, decoder, past):
     cos, sin = decoder.rope(torch.arange(past, past + n, device=args.device))
     which = torch.zeros(len(x), dtype=torch.long, device=args.device)
 
-    def run(rows):
-        knockout.TREE_ROWS = rows
-        knockout.branch_layer(decoder.layers[0], x, cos, sin, kv, mask, which)
-    seconds = interleave({rows: partial(run, rows) for rows in (n, 2 * n, 128, 256, 512, 1024, len(x) * n)},
-                         args.repeats, args.device)
-    shares = {rows: statistics.median(a / b for a, b in zip(spent, seconds[256], strict=True))
-              for rows, spent in seconds.items()}
+    def run(in_attention, in_layer):
+        knockout.TREE_ROWS = in_attention
+        for some in x.split(in_layer // n):
+            knockout.branch_layer(decoder.layers[0], some, cos, sin, kv, mask, which[:len(some)])
+    every = len(x) * n
+    ways = [(rows, at_once) for rows in (n, 2 * n, 128, 256, 512, 1024) if rows != best]
+    ways += [(best, rows) for rows in (256, 512, 1024, 2048, every)]
+    seconds = interleave({way: partial(run, *way) for way in ways}, args.repeats, args.device)
+    knockout.TREE_ROWS, base = best, seconds[best, at_once]
     print(f"one layer of {name}, {len(x)} branches of {n} rows behind {past}, {args.dtype} on {args.device}: "
-          f"{statistics.median(seconds[256]):.3f} s with 256 rows in a sequence; as shares of that: "
-          + ", ".join(f"{rows} rows {share:.2f}" for rows, share in shares.items()))
+          f"{statistics.median(base):.3f} s with {best} rows in attention and {at_once} in a layer; as shares of that:")
+    for (in_attention, in_layer), spent in seconds.items():
+        share = statistics.median(a / b for a, b in zip(spent, base, strict=True))
+        print(f"    {in_attention:5} in attention, {in_layer:5} in a layer: {share:.2f}")
 
 
 @torch.inference_mode()

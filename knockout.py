@@ -141,7 +141,7 @@ def clean_pass(decoder, x):
 
 
 @torch.inference_mode()
-def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=8192):
+def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=1024):
     """The curves of all `cuts`, a list of (source, target), as `curve` gives them, for a few forward passes in all.
 
     Attention looks back only. So a cut leaves the rows before its first target row s as they are in the clean pass,
@@ -171,13 +171,13 @@ def token_layers(T, L, cuts, k):
                    for _, target in cuts for l in range(L)) / (T * L)
 
 
-def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=8192):
+def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=1024):
     """The residual stream (B, len(keep), C) in which the rows `keep` of B branches end, each with an intervention.
 
     cuts: for each branch the number of its intervention and its layers, those that open first in front. masks
     (M, 1 or H, n, T) of intervention 0, which is none, 1, .. gates (M, 2, n, 1): what attention's and the MLP's outputs
-    are multiplied with, row by row. rows: how many go through a layer at once; fewer need less memory and read the
-    weights more often.
+    are multiplied with, row by row. rows: how many go through a layer at once; fewer read the weights more often, more
+    need more memory and, on CPUs, are slower row by row (`python bench.py tree`).
     """
     n, T = masks.shape[2:]
     cos, sin = decoder.rope(torch.arange(T - n, T, device=masks.device))
