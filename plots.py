@@ -52,6 +52,19 @@ def mean_interval(values):
     return values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.zeros(values.shape[1])
 
 
+def paired_interval(changes):
+    """changes of right (1) or wrong (0) against the same question's base: (n,) of -1, 0, 1 -> (low, high), 95 %.
+
+    Half an observation is added to each of the four cells, right or wrong before by right or wrong after (Agresti and
+    Min 2005): without it no change in twenty questions would look like certainty.
+    """
+    changes = np.asarray(changes, dtype=float)
+    n = len(changes) + 2
+    mean, squares = changes.sum() / n, ((changes ** 2).sum() + 1) / n
+    half = 1.96 * np.sqrt((squares - mean ** 2) / n)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
 def read(file, needed):
     """A run's CSV -> list of dict. ValueError: not readable, or a column is missing."""
     try:
@@ -80,7 +93,7 @@ def knockout(file, picture, panel="task"):
     rows = read(file, ("task", "edge", "window", "layer", "change_percent", "question_id"))
     title = "Attention knockout" + (f", window {windows(rows)}" if panel == "task" else "")
     return curves(file, rows, picture, "edge", "change_percent", 1, title, "layer at the centre of the window",
-                  "change of P(answer), %", 0, panel=panel)
+                  "change of P(answer), %", 0, at_least=(-5, 1), panel=panel)
 
 
 def lens(file, picture):
@@ -107,8 +120,8 @@ def jaccard(file, picture):
 def prune(file, picture):
     """prune.csv -> a picture: a panel per task; accuracy with its change's 95 % interval, time and FLOPs against X.
 
-    -> {task: {X: dict of accuracy, change against X = 0, half (of the change's interval), time and flops as shares of
-    those at X = 0 (medians over questions), tokens: image tokens, mean over layers and questions}}
+    -> {task: {X: dict of accuracy, change against X = 0, low and high (of the change's interval), time and flops as
+    shares of those at X = 0 (medians over questions), tokens: image tokens, mean over layers and questions}}
     """
     rows = read(file, ("question_id", "task", "removed_layers", "correct", "seconds", "prefill_flops", "image_tokens"))
     found = defaultdict(lambda: defaultdict(dict))                  # task -> X -> question -> its numbers
@@ -124,8 +137,9 @@ def prune(file, picture):
             if by_x.get(0, {}).keys() != numbers.keys():
                 raise ValueError(f"{file} does not have the same questions for {X} layers as for 0")
             these, base = (np.array([one[q] for q in numbers]) for one in (numbers, by_x[0]))
-            change, half = mean_interval(these[:, :1] - base[:, :1])
-            drawn[task][X] = {"accuracy": these[:, 0].mean(), "change": change[0], "half": half[0],
+            change = these[:, 0] - base[:, 0]
+            low, high = paired_interval(change)
+            drawn[task][X] = {"accuracy": these[:, 0].mean(), "change": change.mean(), "low": low, "high": high,
                               "time": np.median(these[:, 1] / base[:, 1]), "flops": np.median(these[:, 2] / base[:, 2]),
                               "tokens": these[:, 3].mean()}
     keep = ", ".join(dict.fromkeys(row.get("keep", "none") for row in rows))
@@ -138,8 +152,9 @@ def prune(file, picture):
             values = np.array([100 * one[key] for one in by_x.values()])
             line, = ax.plot(xs, values, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
             if key == "accuracy":
-                half = np.array([100 * one["half"] for one in by_x.values()])
-                ax.fill_between(xs, values - half, values + half, color=colour, alpha=0.18, linewidth=0)
+                low, high = (np.clip([values[0] + 100 * one[end] for X, one in by_x.items() if X], 0, 100)
+                             for end in ("low", "high"))
+                ax.fill_between([X for X in xs if X], low, high, color=colour, alpha=0.18, linewidth=0)
         ax.set_title(f"{task} (n = {len(found[task][0])})", fontsize=9)
         ax.set_ylim(0, 105 * max(1, *(max(one["time"], one["flops"]) for one in by_x.values())))
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -169,12 +184,13 @@ def windows(rows):
     return ", ".join(dict.fromkeys(row["window"] for row in rows))
 
 
-def curves(file, rows, picture, series, value, scale, title, x_label, y_label, level=None, limits=None,
+def curves(file, rows, picture, series, value, scale, title, x_label, y_label, level=None, limits=None, at_least=None,
            panel="task"):
     """Rows of a run's CSV -> a panel per task, a curve over layers per `series`: means with 95 % intervals.
 
-    level: where to draw a line that means no change. limits: of the y axis, where values have some. panel: another
-    column than the task. -> {(task, series): (layers, means, number of questions)}
+    level: where to draw a line that means no change. limits: of the y axis, where values have some. at_least: what the
+    y axis shows at least, so that rounding looks like rounding. panel: another column than the task.
+    -> {(task, series): (layers, means, number of questions)}
     """
     found = defaultdict(lambda: defaultdict(dict))                  # task -> series -> question -> {layer: value}
     for line, row in enumerate(rows, 2):
@@ -203,6 +219,9 @@ def curves(file, rows, picture, series, value, scale, title, x_label, y_label, l
             drawn[task, name] = layers, mean.tolist(), len(values)
         if limits:
             ax.set_ylim(limits)
+        if at_least:
+            low, high = ax.get_ylim()
+            ax.set_ylim(min(low, at_least[0]), max(high, at_least[1]))
         if level is not None:
             ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
         n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"

@@ -175,16 +175,17 @@ def main(argv=None, load=None):
                    seed=args.seed)
     run_all(run, args, files, questions, bad, measure, load)
     picture = run.csv.with_suffix(".png")
-    head = ("task", "layers", "accuracy", "change", "time", "FLOPs", "image tokens")
-    lines = [(task, str(X), f"{100 * v['accuracy']:.1f} %", f"{100 * v['change']:+.1f} +- {100 * v['half']:.1f}",
+    head = ("task", "layers", "accuracy", "change", "95 % interval", "time", "FLOPs", "image tokens")
+    lines = [(task, str(X), f"{100 * v['accuracy']:.1f} %", f"{100 * v['change']:+.1f}",
+              f"{100 * v['low']:+.1f} to {100 * v['high']:+.1f}" if X else "",
               f"{v['time']:.2f}", f"{v['flops']:.2f}", f"{v['tokens']:.1f}")
              for task, by_x in plots.prune(run.csv, picture).items() for X, v in by_x.items()]
     wide = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     for task, *line in (head, *lines):
         print("  ".join((f"{task:{wide[0]}}", *(f"{cell:>{w}}" for cell, w in zip(line, wide[1:], strict=True)))))
     print("layers: how many, from the top, have no image; change: of accuracy, in points, against 0 of the same "
-          "questions, 95 % interval; time (prefill and decoding) and prefill FLOPs: shares of those at 0; image "
-          "tokens: mean over layers")
+          "questions; time (prefill and decoding) and prefill FLOPs: shares of those at 0; image tokens: mean over "
+          "layers")
     print(f"wrote {run.csv}, {picture} and {run.info}")
 
 

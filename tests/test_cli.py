@@ -3,6 +3,7 @@
 The command lines: what they write, how a run goes on, and one line and exit code 2 for every kind of bad input. Most
 calls run main() in this process, through the same wrapper as the shell's; a few start a process.
 """
+import importlib
 import json
 import os
 import shutil
@@ -128,12 +129,12 @@ def test_shards_are_put_together_as_one_process_would_have_written_them(call, da
     refused(call(main, *argv, "--shard", "2/2", "--out", tmp_path / "two"), "--shard", "'2/2'")
 
 
-def test_torchrun_splits_the_questions_over_its_processes(data, checkpoint, tmp_path):
+def test_torchrun_splits_the_questions_over_its_processes(call, data, checkpoint, tmp_path):
     argv = ["--model", checkpoint("llava-1.5"), *data, "--all", "--dtype", "float32", "--edge", "image->last"]
-    for launch, out in ((["-m", "torch.distributed.run", "--nproc-per-node", "2"], "two"), ([], "one")):
-        done = subprocess.run([sys.executable, *launch, str(ROOT / "knockout.py"), *map(str, argv), "--out",
-                               str(tmp_path / out)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "knockout.py",
+                           *map(str, argv), "--out", tmp_path / "two"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert call(knockout.main, *argv, "--out", tmp_path / "one")[0] == 0
     assert (tmp_path / "two" / "knockout.csv").read_bytes() == (tmp_path / "one" / "knockout.csv").read_bytes()
     assert (tmp_path / "two" / "knockout.png").exists()
 
@@ -300,11 +301,15 @@ def test_the_decoders_and_the_tower_run_alone(call, checkpoint, photo, tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["knockout.py", "llava_min.py", "vicuna.py", "llama3.py", "clip_vit.py", "plots.py",
-                                    "bench.py"])
-def test_help_is_the_manual_with_an_example(script):
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and f"python {script}" in done.stdout and "usage:" in done.stdout
+@pytest.mark.parametrize("script", sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "runs"))
+def test_help_is_the_manual_with_an_example(call, script):
+    code, stdout, _ = call(importlib.import_module(script).main, "--help")
+    assert code == 0 and f"python {script}.py" in stdout and "usage:" in stdout
+
+
+def test_help_needs_no_model_and_no_data_beside_it():
+    done = subprocess.run([sys.executable, ROOT / "knockout.py", "--help"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and "python knockout.py" in done.stdout and "usage:" in done.stdout and not done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -458,3 +463,12 @@ def test_the_interval_of_a_mean_is_196_standard_errors():
     mean, half = plots.mean_interval([[1.0, 0.0], [3.0, 0.0]])
     assert mean.tolist() == [2.0, 0.0] and half.tolist() == pytest.approx([1.96, 0.0])   # sd sqrt(2), n 2
     assert plots.mean_interval([[4.0]])[1].tolist() == [0.0]
+
+
+def test_the_interval_of_a_change_is_never_nothing_and_stays_within_what_can_be():
+    """Eighteen questions and half a one in each of four cells are twenty: by hand."""
+    assert plots.paired_interval([0] * 18) == pytest.approx((-0.098, 0.098))                # 1.96 sqrt(1/20/20)
+    assert plots.paired_interval([-1] * 10 + [0] * 8) == pytest.approx((-0.74005, -0.25995), abs=1e-5)
+    assert plots.paired_interval([-1] * 6 + [1] * 2 + [0] * 10) == pytest.approx(
+        (-0.2 - 1.96 * (0.41 / 20) ** 0.5, -0.2 + 1.96 * (0.41 / 20) ** 0.5))
+    assert plots.paired_interval([-1])[0] == -1
