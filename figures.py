@@ -142,7 +142,7 @@ def plan(figures):
 def folder(one, edges):
     """A pass's folder under runs/: another for each set of edges, so that no call is refused for a former one's."""
     kind, flags = one
-    name = re.sub("[^a-z0-9]+", "-", " ".join((kind, *flags))).strip("-")
+    name = re.sub("[^A-Za-z0-9]+", "-", " ".join((kind, *flags))).strip("-")
     return f"{name}-{hashlib.sha256(' '.join(edges).encode()).hexdigest()[:8]}" if edges else name
 
 
@@ -204,12 +204,17 @@ def accuracy(argv, load):
     eval_gqa.main(["--questions" if arg == "--data" else arg for arg in argv if arg != "--all"], load)
 
 
+def of_one_model():
+    """The figures' numbers, without those that are an earlier figure on another model: 13, 20 to 31."""
+    return sorted({replace(figure, model=""): n for n, figure in reversed(FIGURES.items())}.values())
+
+
 def choose(args):
     """What was asked for -> (figure numbers, names of tables). ValueError: the questions are not of its kind."""
     from llava_min import resolve, sees
-    if "all" in args.figures:                                       # 13, 20 to 31: the same passes on other models
+    if "all" in args.figures:
         seen = sees(resolve(args.model, args.revision, args.vision_tower))
-        return ([n for n in FIGURES if (n not in OF_TEXT) == seen and not 18 <= n <= 31 and n != 13],
+        return ([n for n in of_one_model() if (n not in OF_TEXT) == seen and n not in OF_OTHER_DATA],
                 list(TABLES) if seen and whole_gqa(args) else [])
     numbers = sorted({int(n) for n in args.figures if n not in TABLES})
     tables = [t for t in TABLES if t in args.figures]
