@@ -178,23 +178,23 @@ def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=512):
     (M, 1 or H, n, T) of intervention 0, which is none, 1, .. gates (M, 2, n, 1): what attention's and the MLP's outputs
     are multiplied with, row by row. rows: how many go through a layer at once; fewer read the weights more often, more
     need more memory and, on CPUs, longer row by row: 512 take 0.91 to 0.99 of the time of 1,024 (`bench.py tree`).
+    What the branches carry from layer to layer, (B, n, C), is held for all of them.
     """
     n, T = masks.shape[2:]
     cos, sin = decoder.rope(torch.arange(T - n, T, device=masks.device))
-    few, found, keep = max(1, rows // n), [], torch.tensor(keep, device=masks.device)
-    for part in (cuts[i:i + few] for i in range(0, len(cuts), few)):
-        which = torch.tensor([[m if i in layers else 0 for m, layers in part] for i in range(len(decoder.layers))])
-        which = which.to(masks.device)                              # (L, B), moved here: no waiting between layers
-        x = stream[0][:, T - n:].expand(0, -1, -1)                  # (B, n, C), no branch yet
-        for i, layer in enumerate(decoder.layers):
-            new = sum(layers.start == i for _, layers in part)
-            x = torch.cat((x, stream[i][:, T - n:].expand(new, -1, -1)))
-            past, wanted = [t[:, :, :T - n] for t in caches[i]], slice(None)
-            if i + 1 == len(decoder.layers):
-                wanted = keep                                       # no layer is left that would look at the others
-            x = branch_layer(layer, x, cos, sin, past, masks, which[i, :len(x)], gates, wanted) if len(x) else x
-        found.append(x)
-    return torch.cat(found)
+    which = torch.tensor([[m if i in layers else 0 for m, layers in cuts] for i in range(len(decoder.layers))])
+    which, keep = (t.to(masks.device) for t in (which, torch.tensor(keep)))     # (L, B), here: no waiting in the loop
+    x = stream[0][:, T - n:].expand(0, -1, -1)                      # (B, n, C), no branch yet
+    for i, layer in enumerate(decoder.layers):
+        new = sum(layers.start == i for _, layers in cuts)
+        x = torch.cat((x, stream[i][:, T - n:].expand(new, -1, -1)))
+        past, wanted = [t[:, :, :T - n] for t in caches[i]], slice(None)
+        if i + 1 == len(decoder.layers):
+            wanted = keep                                           # no layer is left that would look at the others
+        parts = max(1, math.ceil(len(x) / max(1, rows // n)))       # as even as can be: few rows are slow, each
+        x = torch.cat([branch_layer(layer, some, cos, sin, past, masks, w, gates, wanted) if len(some) else some
+                       for some, w in zip(x.tensor_split(parts), which[i, :len(x)].tensor_split(parts), strict=True)])
+    return x
 
 
 TREE_ROWS = 256                                    # see branch_layer; 58 to 512 differ by 5 % at most (`bench.py tree`)
