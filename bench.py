@@ -325,9 +325,8 @@ def time_tree(args, name, decoder, past):
         knockout.TREE_ROWS = in_attention
         for some in x.split(in_layer // n):
             knockout.branch_layer(decoder.layers[0], some, cos, sin, kv, mask, which[:len(some)])
-    every = len(x) * n
     ways = [(rows, at_once) for rows in (n, 2 * n, 128, 256, 512, 1024) if rows != best]
-    ways += [(best, rows) for rows in (256, 512, 1024, 2048, every)]
+    ways += [(best, rows) for rows in (256, 512, 1024, 2048, len(x) * n)]
     seconds = interleave({way: partial(run, *way) for way in ways}, args.repeats, args.device)
     knockout.TREE_ROWS, base = best, seconds[best, at_once]
     print(f"one layer of {name}, {len(x)} branches of {n} rows behind {past}, {args.dtype} on {args.device}: "
