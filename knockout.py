@@ -144,25 +144,35 @@ def clean_pass(decoder, x):
 def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=512):
     """The curves of all `cuts`, a list of (source, target), as `curve` gives them, for a few forward passes in all.
 
-    Attention looks back only. So a cut leaves the rows before its first target row s as they are in the clean pass,
-    and rows from s on, too, below the window. Every point of a curve is therefore a *branch*: it leaves the clean
-    stream at its window's first layer, with the n = T - s rows from s on, and looks back at the clean keys and values.
-    The branches of all cuts with the same s go through a layer together.
-
     stream, caches: from `clean_pass`; a cache may have grown since. rows: see `branches`.
     """
-    T, L, places, values = stream[0].shape[1], len(decoder.layers), [], []
+    L = len(decoder.layers)
+    ends = cut_ends(decoder, stream, caches, cuts, [window(l, k, L) for l in range(L)], heads, rows)
+    p = unembed(decoder, ends).float().softmax(-1)[..., token]
+    return [list(map(finite, points)) for points in p.tolist()]     # the first wait for the device
+
+
+@torch.inference_mode()
+def cut_ends(decoder, stream, caches, cuts, windows, heads=None, rows=512):
+    """Each of `cuts` made in each of `windows`: the residual stream in which the last position ends (cuts, windows, C).
+
+    windows: ranges of layers, those that open first in front. The rest is as in `sweep`.
+
+    Attention looks back only. So a cut leaves the rows before its first target row s as they are in the clean pass,
+    and rows from s on, too, below the window. Each cut in each window is therefore a *branch*: it leaves the clean
+    stream at its window's first layer, with the n = T - s rows from s on, and looks back at the clean keys and values.
+    The branches of all cuts with the same s go through a layer together.
+    """
+    T, ends, order = stream[0].shape[1], [], []
     for s in sorted({min(target) for _, target in cuts}):
         own = [i for i, (_, target) in enumerate(cuts) if min(target) == s]
         masks = [to_mask(causal(T))] + [blocked(decoder, T, *cuts[i], heads) for i in own]
         masks = torch.stack([m.expand(1 if heads is None else decoder.config.heads, -1, -1)[:, s:] for m in masks])
         masks = masks.to(stream[0].device, stream[0].dtype)         # (1 + cuts, 1 or H, n, T), the clean one first
-        points = sorted(((c, l) for c in range(len(own)) for l in range(L)), key=lambda cl: window(cl[1], k, L).start)
-        x = branches(decoder, stream, caches, masks, [(1 + c, window(l, k, L)) for c, l in points], [-1], rows=rows)
-        values.append(unembed(decoder, x[:, 0]).float().softmax(-1)[:, token])
-        places += [(own[c], l) for c, l in points]
-    p = dict(zip(places, map(finite, torch.cat(values).tolist()), strict=True))     # the first wait for the device
-    return [[p[c, l] for l in range(L)] for c in range(len(cuts))]
+        each = [(1 + c, layers) for layers in windows for c in range(len(own))]
+        ends.append(branches(decoder, stream, caches, masks, each, [-1], rows=rows).view(len(windows), len(own), -1))
+        order += own
+    return torch.cat(ends, 1)[:, [order.index(i) for i in range(len(cuts))]].transpose(0, 1)
 
 
 def token_layers(T, L, cuts, k):

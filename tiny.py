@@ -907,21 +907,20 @@ def cut_everywhere(model, questions, edges):
     The answer's first token decides, which in this world is the whole answer.
     """
     from collections import defaultdict
+    from contextlib import suppress
 
     from tqdm import tqdm
 
-    from knockout import blocked, forward, unembed
+    from knockout import clean_pass, cut_ends, unembed
     from llava_min import EmptyGroup, parse_edge
-    right, L = defaultdict(lambda: defaultdict(list)), len(model.decoder.layers)
+    right, layers = defaultdict(lambda: defaultdict(list)), range(len(model.decoder.layers))
     for q in tqdm(questions, desc="cut in all layers", unit="question", dynamic_ncols=True):
-        p = q.prompt(model)
-        x = model.embed(p)
+        p, cuts = q.prompt(model), {}
         for edge in edges:
-            try:
-                mask = blocked(model.decoder, len(p), *map(p.positions, parse_edge(edge))).to(x.device)
-            except EmptyGroup:
-                continue
-            token = unembed(model.decoder, forward(model.decoder, x, None, mask, range(L))[0, -1]).argmax().item()
+            with suppress(EmptyGroup):
+                cuts[edge] = [p.positions(group) for group in parse_edge(edge)]
+        ends = cut_ends(model.decoder, *clean_pass(model.decoder, model.embed(p)), list(cuts.values()), [layers])
+        for edge, token in zip(cuts, unembed(model.decoder, ends[:, 0]).argmax(-1).tolist(), strict=True):
             right[edge][q.task].append(q.right(model.words([token])))
     return {edge: {task: (len(r), sum(r) / len(r)) for task, r in sorted(right[edge].items())} for edge in edges}
 
