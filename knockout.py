@@ -58,7 +58,8 @@ def to_mask(keep):
     """
     blind = ~keep.any(-1)
     if blind.any():
-        rows = sorted(set(blind.nonzero()[:, -1].tolist()))
+        first = keep.shape[-1] - keep.shape[-2]                     # the rows are the last T of S positions
+        rows = sorted({first + row for row in blind.nonzero()[:, -1].tolist()})
         raise ValueError(f"query position(s) {rows[:4]} may look at nothing: every key is cut")
     return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
 
@@ -68,9 +69,10 @@ def window(layer, k, L):
     return range(max(0, layer - k // 2), min(L, layer + (k + 1) // 2))
 
 
-def blocked(decoder, T, source, target, heads=None):
-    """The additive mask of a cut: (T, T), or (H, T, T) where it is for some heads alone. ValueError: no such head."""
-    keep, H = causal(T), decoder.config.heads
+def blocked(decoder, T, source, target, heads=None, first=0):
+    """The additive mask of a cut: (T, T), or (H, T, T) where it is for some heads alone; of it the rows from `first`
+    on, which is no later than the target's first. ValueError: no such head."""
+    keep, target, H = causal(T - first, T), [i - first for i in target], decoder.config.heads
     if heads is None:
         return to_mask(cut(keep, source, target))
     if max(heads) >= H:
@@ -102,7 +104,7 @@ def curve(decoder, x, source, target, token, k, heads=None):
     heads: cut the edge for these heads alone. It is what `sweep` is tested against.
     """
     T, L = x.shape[1], len(decoder.layers)
-    clean, mask = to_mask(causal(T)).to(x.device), blocked(decoder, T, source, target, heads).to(x.device)
+    clean, mask = to_mask(causal(T, device=x.device)), blocked(decoder, T, source, target, heads).to(x.device)
     runs = (forward(decoder, x, clean, mask, window(l, k, L)) for l in range(L))
     return [probability(unembed(decoder, h[0, -1]), token) for h in runs]
 
@@ -133,7 +135,7 @@ def clean_pass(decoder, x):
     layer's keys and values, L of [k, v].
     """
     stream, caches = [x], [[] for _ in decoder.layers]
-    mask = to_mask(causal(x.shape[1])).to(x.device)                 # so that its kernel is the one of the cut runs
+    mask = to_mask(causal(x.shape[1], device=x.device))             # so that its kernel is the one of the cut runs
     cos, sin = decoder.rope(torch.arange(x.shape[1], device=x.device))
     for layer, cache in zip(decoder.layers, caches, strict=True):
         stream.append(layer(stream[-1], cos, sin, mask, cache))
@@ -166,8 +168,8 @@ def cut_ends(decoder, stream, caches, cuts, windows, heads=None, rows=512):
     T, ends, order = stream[0].shape[1], [], []
     for s in sorted({min(target) for _, target in cuts}):
         own = [i for i, (_, target) in enumerate(cuts) if min(target) == s]
-        masks = [to_mask(causal(T))] + [blocked(decoder, T, *cuts[i], heads) for i in own]
-        masks = torch.stack([m.expand(1 if heads is None else decoder.config.heads, -1, -1)[:, s:] for m in masks])
+        masks = [to_mask(causal(T - s, T))] + [blocked(decoder, T, *cuts[i], heads, s) for i in own]
+        masks = torch.stack([m.expand(1 if heads is None else decoder.config.heads, -1, -1) for m in masks])
         masks = masks.to(stream[0].device, stream[0].dtype)         # (1 + cuts, 1 or H, n, T), the clean one first
         each = [(1 + c, layers) for layers in windows for c in range(len(own))]
         ends.append(branches(decoder, stream, caches, masks, each, [-1], rows=rows).view(len(windows), len(own), -1))
@@ -259,7 +261,7 @@ def selfcheck(decoder, x, clean, source, target, token, k, heads=None, seed=0):
     def mask(places):
         return blocked(decoder, T, places, target, heads).to(x.device)
     closed = mask(source)
-    whole = to_mask(causal(T)).to(x.device).expand_as(closed)       # of the same shape: the kernel takes the same path
+    whole = to_mask(causal(T, device=x.device)).expand_as(closed)   # of the same shape: the kernel takes the same path
     cos, sin = decoder.rope(torch.arange(T, device=x.device))
     leaked, before, below, apart = [0.0], [0.0], [0.0], [0.0]
     for l in {0, L // 2, L - 1}:
@@ -356,7 +358,7 @@ def measure(model, q, args, strict):
     for edge in args.edges:
         try:
             cuts[edge] = [p.positions(group) for group in edge]
-            blocked(model.decoder, x.shape[1], *cuts[edge], args.heads)
+            blocked(model.decoder, x.shape[1], *cuts[edge], args.heads, min(cuts[edge][1]))
         except EmptyGroup as e:
             if strict:
                 raise

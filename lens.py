@@ -57,7 +57,7 @@ def without(decoder, x, rows, module, layers):
     h^l = h^(l-1) + a^l + f^l (Eq. 1), with a^l = 0 ("attention") or f^l = 0 ("mlp") there.
     """
     cos, sin = decoder.rope(torch.arange(x.shape[1], device=x.device))
-    mask = to_mask(causal(x.shape[1])).to(x.device)
+    mask = to_mask(causal(x.shape[1], device=x.device))
     for i, layer in enumerate(decoder.layers):
         a = layer.self_attn(layer.input_layernorm(x), cos, sin, mask)
         if module == "attention" and i in layers:
@@ -82,7 +82,7 @@ def module_curves(decoder, stream, caches, question, k):
     All of it in one pass, see knockout.sweep.
     """
     T, L, s = stream[0].shape[1], len(decoder.layers), min(question)
-    mask = to_mask(causal(T))[s:].to(stream[0].device, stream[0].dtype)
+    mask = to_mask(causal(T - s, T)).to(stream[0].device, stream[0].dtype)
     gates = torch.ones(3, 2, T - s, 1)                              # of three interventions, the first is none
     for m in range(2):
         gates[1 + m, m, [i - s for i in question]] = 0
@@ -95,7 +95,7 @@ def module_curves(decoder, stream, caches, question, k):
 def edge_curve(decoder, stream, caches, source, target, question, k):
     """With an edge cut in the k layers around l: Jaccard of the words at `question`, each l (figure 37)."""
     T, L, s = stream[0].shape[1], len(decoder.layers), min(target)
-    masks = torch.stack([m[s:] for m in (to_mask(causal(T)), blocked(decoder, T, source, target))])[:, None]
+    masks = torch.stack((to_mask(causal(T - s, T)), blocked(decoder, T, source, target, first=s)))[:, None]
     return compare(decoder, stream, caches, masks.to(stream[0].device, stream[0].dtype),
                    [(1, window(l, k, L)) for l in range(L)], question)
 
@@ -167,14 +167,14 @@ def measure_jaccard(model, q, args, strict):
     for edge in args.edges:
         try:
             source, target = map(p.positions, edge)
-            mask = blocked(d, x.shape[1], source, target)
+            mask = blocked(d, x.shape[1], source, target, first=0 if args.plain else min(target))
         except EmptyGroup as e:
             if strict:
                 raise
             skipped["->".join(edge)] = str(e)
             continue
         if args.plain:
-            whole, mask = to_mask(causal(x.shape[1])).to(x.device), mask.to(x.device)
+            whole, mask = to_mask(causal(x.shape[1], device=x.device)), mask.to(x.device)
             curves["->".join(edge)] = plainly(forward(d, x, whole, mask, window(l, args.window, L)) for l in range(L))
         else:
             curves["->".join(edge)] = edge_curve(d, *clean, source, target, question, args.window)

@@ -110,7 +110,8 @@ def to_mask(keep):
     """
     blind = ~keep.any(-1)
     if blind.any():
-        rows = sorted(set(blind.nonzero()[:, -1].tolist()))
+        first = keep.shape[-1] - keep.shape[-2]                     # the rows are the last T of S positions
+        rows = sorted({first + row for row in blind.nonzero()[:, -1].tolist()})
         raise ValueError(f"query position(s) {rows[:4]} may look at nothing: every key is cut")
     return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
 

@@ -272,6 +272,20 @@ def test_a_sweep_that_would_see_nothing_or_is_not_a_number_is_refused(case):
         sweep(m.decoder, *clean_pass(m.decoder, x), [([1], [5])], token, 3)
 
 
+@pytest.mark.parametrize("heads", [None, [0, 2]])
+def test_the_masks_of_a_sweep_are_the_lower_rows_of_the_plain_ones_and_no_larger(case, heads, monkeypatch):
+    m, p, x, token = case
+    T, source, target = x.shape[1], p.positions("image"), p.positions("question")
+    s, clean, honest, built = min(target), clean_pass(m.decoder, x), knockout.causal, []
+    whole = knockout.blocked(m.decoder, T, source, target, heads)
+    assert torch.equal(knockout.blocked(m.decoder, T, source, target, heads, s), whole[..., s:, :])
+    with pytest.raises(ValueError, match=rf"\[{s}, {s + 1}\] may look at nothing"):
+        knockout.blocked(m.decoder, T, range(T), [s, s + 1], heads, s)
+    monkeypatch.setattr(knockout, "causal", lambda *shape, **how: built.append(shape) or honest(*shape, **how))
+    sweep(m.decoder, *clean, [(source, target), (source, [T - 1])], token, 3, heads)
+    assert set(built) == {(T - s, T), (1, T)}                       # (T, T) for each head is gigabytes with AnyRes
+
+
 # ---------------------------------------------------------------------------------------------------- selfcheck
 
 @pytest.mark.parametrize("edge", [("image", "question"), ("question", "last"), ("last", "last"), ("system", "image")])
@@ -295,9 +309,9 @@ def test_selfcheck_catches_a_kernel_that_leaks(case, monkeypatch):
 
 def test_selfcheck_catches_a_cut_that_reaches_other_rows(case, monkeypatch):
     m, p, x, token = case
-    honest = knockout.cut
-    monkeypatch.setattr(knockout, "cut", lambda keep, source, target, heads=None: honest(
-        keep, source, [source[-1], *target], heads) if source else keep)
+    honest = knockout.blocked
+    monkeypatch.setattr(knockout, "blocked", lambda decoder, T, source, target, heads=None, first=0: honest(
+        decoder, T, source, [source[-1], *target] if source and not first else target, heads, first))
     results = selfcheck(m.decoder, x, clean_pass(m.decoder, x), p.positions("image"), p.positions("question"), token, 3)
     assert results[1][2] is False
 
