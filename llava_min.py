@@ -538,8 +538,8 @@ class LLaVA(nn.Module):
 
         true_option, false_option: the right and the wrong one of an "A or B" question; options: both, where nobody says
         which is right. objects: names in the question; boxes: (x, y, w, h) px of what they show. captions: text in the
-        picture's place (appendix G). brief: ask for one word, with the paper's `instruction`, and end as its code does.
-        paper_spans: find words as its code does.
+        picture's place (appendix G). brief: ask for one word, with `instruction`; where that is the paper's own, end
+        as its code does. paper_spans: find words as its code does.
         ValueError: an image for a text-only model or none for another, a box outside the photo, a prompt too long.
         """
         if not question.strip():
@@ -553,8 +553,8 @@ class LLaVA(nn.Module):
         llama_3 = self.tokenizer.token_to_id("<|start_header_id|>") is not None
         before, after = LLAVA_LLAMA_3 if llama_3 else VICUNA_V1
         instruction = instruction if brief else ""
-        if not brief:
-            after = after.removesuffix(" \n")                       # the paper's addition
+        if instruction != INSTRUCTION:
+            after = after.removesuffix(" \n")                       # the paper's addition, too
         context = "<image>\n" if image is not None else f"{captions}\n" if captions else ""
         text = before + context + question + instruction + after
         ids, spans = tokenize(self.tokenizer, text, self.tokenizer.token_to_id(self.decoder_file.BOS))

@@ -36,6 +36,20 @@ def test_answers_as_a_batch_are_those_one_by_one(model, kind, ask, monkeypatch):
     monkeypatch.setattr(m, "stop", {plain[0][2]})
     ended = [m.decode(*m.prefill(m.embed(p)), 6) for p in prompts]
     assert eval_gqa.answers(m, prompts, 6) == ended and len(ended[0]) <= 2
+    honest, asked = eval_gqa.answers_behind, []
+    monkeypatch.setattr(eval_gqa, "answers_behind", lambda *a: asked.append(len(a[2])) or honest(*a))
+    monkeypatch.setattr(eval_gqa, "COPIED", 2 * len(prompts[0]))    # memory for few copies of what they begin with
+    assert eval_gqa.answers(m, prompts, 6) == ended
+    assert sum(asked) == len(prompts) and max(asked) < 4
+
+
+@pytest.mark.parametrize("kind", ["llava-1.5", "llama3-next"])
+def test_llavas_prompt_has_neither_of_the_papers_two_spaces(model, kind):
+    m, image = model(kind), world.picture(90, 60)
+    papers, llavas = (m.prompt("Is it red?", image, **how).text for how in ({}, {
+        "instruction": eval_gqa.LLAVA_INSTRUCTION}))
+    assert llavas == papers.replace("? \nAnswer", "?\nAnswer").removesuffix(" \n") and papers != llavas
+    assert papers.endswith("\n\n \n" if kind == "llama3-next" else "ASSISTANT:")
 
 
 def test_a_picture_goes_through_the_tower_once_for_all_its_questions(model, monkeypatch):
