@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_min import open_image, read_json
@@ -276,7 +276,8 @@ def read_gqa(file, images=None, bad=None, limit=None, scene_graphs=None, regions
             if only is not None and task not in only or limit and len(found.get(task, ())) == limit:
                 continue
             image = str(raw["imageId"])
-            q = gqa_question(number, raw, task, picture(images, image), graphs.get(image), told.get(image, ()), where)
+            graph = graphs.get(image) if task in SIX else None      # the others need no boxes
+            q = gqa_question(number, raw, task, picture(images, image), graph, told.get(image, ()), where)
             found.setdefault(task, []).append(q)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             why = e if type(e) is ValueError else f"not GQA's format ({type(e).__name__}: {e})"
@@ -295,6 +296,9 @@ def gqa_question(number, raw, task, image, graph, told, where):
     size, boxes = None, []
     if graph:
         size = graph["width"], graph["height"]
+        absent = [i for _, ids in things for i in ids if i not in graph["objects"]]
+        if absent:
+            raise ValueError(f"its scene graph has no object {absent[0]}")
         boxes = [tuple(graph["objects"][i][key] for key in "xywh") for _, ids in things for i in ids]
     answer = raw["answer"].strip()
     words = [re.sub("^(to the|in) | of$", "", option) for option in options]            # answers: "left", "front"
@@ -401,7 +405,7 @@ def read_questions(args, bad, vision=True):
         known = {q.task: None for q in found}
         for task in args.tasks or ():
             if task not in known:
-                raise ValueError(f"--tasks {task}: the questions are of {', '.join(known)}")
+                raise NoTask(f"--tasks {task}: the questions are of {', '.join(known)}")
         found = [q for q in found if not args.tasks or q.task in args.tasks]
         twice = [key for key, n in Counter(q.key for q in found).items() if n > 1]
         if twice:
@@ -439,6 +443,10 @@ def open_run(args, files, questions, name, columns, **settings):
 
 class NoRows(ValueError):
     """A run came to its end and has measured nothing."""
+
+
+class NoTask(NoRows):
+    """No question is of the task that was asked for."""
 
 
 def run_all(run, args, files, questions, bad, measure, load=None):
@@ -614,13 +622,13 @@ def paper_row(q, raw):
     return row
 
 
-def collect(folder, file, right, scene_graphs, regions, most=1000, seed=0):
+def collect(folder, file, right, most=1000, seed=0):
     """Table 1: of each task at most `most` questions that a model answered right -> CSVs in the paper's columns, their
-    paths. right: set of Question.key."""
+    paths. right: list of Question, with boxes, of the GQA question file `file`."""
     import random
     raw, paths, by_task = read_json(file), [], {task: [] for task in SIX}
-    for q in read_gqa(file, scene_graphs=scene_graphs, regions=regions):
-        if q.key in right and (row := paper_row(q, raw[q.id])):
+    for q in right:
+        if q.task in SIX and (row := paper_row(q, raw[q.id])):
             by_task[q.task].append(row)
     for task, rows in by_task.items():
         if not rows:
@@ -686,7 +694,9 @@ def main(argv=None, load=None):
     files = resolve(args.model, args.revision, args.vision_tower)
     if not sees(files):
         raise ValueError(f"--model {args.model} is text-only: it cannot see GQA's pictures")
-    questions = read_gqa(args.data[0], args.images, bad if args.skip_bad else None, args.limit, only=None)
+    about = {"scene_graphs": args.scene_graphs, "regions": args.regions} if args.collect else {}
+    whole = read_gqa(args.data[0], args.images, bad if args.skip_bad else None, args.limit, **about, only=None)
+    questions = [replace(q, boxes=(), size=None) for q in whole]    # what --collect writes, and asking does not need
     run = open_run(args, files, questions, "eval.csv", EVAL, prompt=args.prompt, normalize=args.normalize)
     questions.sort(key=lambda q: (str(q.image), len(q.question)))                       # a picture's together
     pictures = sorted({str(q.image) for q in questions})
@@ -710,7 +720,7 @@ def main(argv=None, load=None):
     if args.collect:
         from plots import read
         right = {f"{row['task']}/{row['question_id']}" for row in read(run.csv, EVAL) if row["correct"] == "1"}
-        for path in collect(args.collect, args.data[0], right, args.scene_graphs, args.regions, args.most, args.seed):
+        for path in collect(args.collect, args.data[0], [q for q in whole if q.key in right], args.most, args.seed):
             print(f"wrote {path}")
 
 

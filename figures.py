@@ -214,10 +214,14 @@ def choose(args):
     from llava_min import resolve, sees
     if "all" in args.figures:
         seen = sees(resolve(args.model, args.revision, args.vision_tower))
-        return ([n for n in of_one_model() if (n not in OF_TEXT) == seen and n not in OF_OTHER_DATA],
+        return ([n for n in of_one_model() if (n not in OF_TEXT) == seen and n not in OF_OTHER_DATA
+                 and set(FIGURES[n].tasks) <= set(args.tasks or FIGURES[n].tasks)],
                 list(TABLES) if seen and whole_gqa(args) else [])
     numbers = sorted({int(n) for n in args.figures if n not in TABLES})
     tables = [t for t in TABLES if t in args.figures]
+    left = [n for n in numbers if args.tasks and not set(FIGURES[n].tasks) <= set(args.tasks)]
+    if left:
+        raise ValueError(f"figure {left[0]} is of {', '.join(FIGURES[left[0]].tasks)}, which --tasks leaves out")
     other = next((n for n in numbers if n in OF_OTHER_DATA and not args.data), None)
     if other:
         raise ValueError(f"figure {other} is of {FIGURES[other].needs}: give its questions with --data, and --images")
@@ -227,12 +231,12 @@ def choose(args):
 
 
 def main():
-    from eval_gqa import NoRows
+    from eval_gqa import NoRows, NoTask
     args = parse()
     if args.list:
         return show_list()
     numbers, tables = choose(args)
-    out, models, chosen, runs = Path(args.out), {}, pictures(numbers), {}
+    out, models, chosen, runs, drawn, empty = Path(args.out), {}, pictures(numbers), {}, set(), []
 
     def load(files, args):
         from llava_min import load_files
@@ -241,13 +245,18 @@ def main():
         return models["one"]
 
     def run(script, argv, to):
-        """One pass into a folder."""
+        """One pass into a folder. A figure's own task stands above those of the command line."""
+        own = "--tasks" in argv
+        asked = () if own or not args.tasks else ("--tasks", *args.tasks)
         try:
-            script([*argv, *args.passed_on, "--out", str(to)], load)
+            script([*argv, *args.passed_on, *asked, "--out", str(to)], load)
         except SystemExit as stop:                                  # a shard, and not the last one to finish
             if stop.code:
                 raise
         except NoRows as e:                                         # the other figures need not wait for this one
+            if isinstance(e, NoTask) and not own:
+                raise
+            empty.append(e)
             print(f"{to}: {e}")
     if "figure_16" in chosen:
         most, file = args.max_norm, out / "runs" / "norms" / "norms.csv"
@@ -267,8 +276,12 @@ def main():
         runs[one] = out / "runs" / folder(one, edges)
         print(f"pass {i} of {len(todo)}: {script.__module__}.py {' '.join(flags)}")
         run(script, flags, runs[one])
-    for name, figure in chosen.items():
-        show_figure(name, figure, runs, out)
+        for name, figure in chosen.items():
+            if name not in drawn and all(other in runs for other in passes(figure)):
+                drawn.add(name)
+                show_figure(name, figure, runs, out)
+    if empty and not tables and not any((out / f"{name}.csv").exists() for name in chosen):
+        raise empty[0]
     if tables:
         run(accuracy, ("--collect", str(out / "table_1")) if "table1" in tables else (), out / "runs" / "eval_gqa")
         show_tables(tables, out / "runs" / "eval_gqa", out)
@@ -277,7 +290,7 @@ def main():
 def show_figure(name, figure, runs, out):
     """A figure's three files from its passes, if these are complete."""
     if any(not (runs[one] / SCRIPTS[one[0]][1]).exists() for one in passes(figure)):
-        return print(f"{name}: the last shard to finish draws it")
+        return print(f"{name}: a pass of it is not complete (of shards, the last to finish draws it)")
     head, rows = rows_of(figure, runs)
     if not rows:
         return print(f"{name}: no question has its groups")
@@ -336,7 +349,7 @@ def show_list():
 
 
 def parse():
-    """The command line -> args, with args.passed_on: the flags that every pass gets."""
+    """The command line -> args, with args.passed_on: the flags that every pass gets, but for --tasks."""
     from eval_gqa import add_data_flags
     from llava_min import add_model_flags
     from runs import Parser
@@ -359,9 +372,9 @@ def parse():
     for name, value in vars(args).items():
         if name == "shard":
             passed_on += ["--shard", "{}/{}".format(*value)] if value else []
-        elif name not in ("figures", "list", "max_norm", "out") and value != parser.get_default(name):
+        elif name not in ("figures", "list", "max_norm", "out", "tasks") and value != parser.get_default(name):
             flag, values = "--" + name.replace("_", "-"), value if isinstance(value, list) else [value]
-            for group in [values] if name in ("data", "tasks") else [[v] for v in values]:
+            for group in [values] if name == "data" else [[v] for v in values]:
                 passed_on += [flag, *(str(v) for v in group if v is not True)]
     args.passed_on = passed_on
     return args

@@ -185,5 +185,21 @@ def test_collecting_writes_files_that_read_as_the_questions_answered_right(call,
     assert [file.read_bytes() for file in sorted((tmp_path / "again").glob("*.csv"))] == first
 
 
+def test_collecting_looks_at_the_scene_graphs_before_it_asks_and_leaves_out_what_is_bad(call, tmp_path):
+    graphs = json.loads(eval_gqa.beside(eval_gqa.BUNDLED)["scene_graphs"].read_text())
+    raw = json.loads(eval_gqa.BUNDLED.read_text())
+    bad = next(n for n, e in raw.items() if eval_gqa.task_of(e["types"]) in eval_gqa.SIX
+               and any(ids for _, ids in eval_gqa.program_of(e)[1]))
+    gone = next(ids[0] for _, ids in eval_gqa.program_of(raw[bad])[1] if ids)
+    del graphs[raw[bad]["imageId"]]["objects"][gone]
+    (tmp_path / "graphs.json").write_text(json.dumps(graphs))
+    argv = ("--limit", 2, "--scene-graphs", tmp_path / "graphs.json", "--collect", tmp_path / "six", "--out",
+            tmp_path / "out")
+    refused(call(eval_gqa.main, *argv), f"question {bad}", f"has no object {gone}")
+    assert not (tmp_path / "out").exists()
+    code, stdout, err = call(eval_gqa.main, *argv, "--skip-bad")
+    assert code == 0 and f"has no object {gone}" in stdout and list((tmp_path / "six").glob("*.csv")), err
+
+
 def test_collecting_needs_boxes(call, gqa, checkpoint, tmp_path):
     refused(call(eval_gqa.main, *gqa[0], "--collect", tmp_path / "six"), "--collect", "--scene-graphs")
