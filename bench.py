@@ -11,9 +11,9 @@ Run     python bench.py forward                  one clean forward pass at 7B wi
         python bench.py sweep --model llava-1.5-7b --layers 8          knockout of figures 3-5, all layers of six edges:
                                                  in one pass, the plain way, and the paper's way in transformers
 
-Weights are random, but noise's; widths are the published models', and only the number of layers is cut, to fit a small
-machine. The sides take turns, and what counts is the median of the ratios of neighbours: machines drift, and neighbours
-drift together.
+Weights are random, except for `noise`; widths are the published models', and only the number of layers is cut, to fit
+a small machine. The sides take turns, and what counts is the median of the ratios of neighbours: machines drift, and
+neighbours drift together.
 """
 import csv
 import ctypes
@@ -426,7 +426,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("what", choices=("forward", "load", "tree", "prune", "noise", "sweep"))
     parser.add_argument("--model", choices=SHAPES, default="llava-1.5-7b", help="whose widths (llava-1.5-7b)")
-    parser.add_argument("--random", action="store_true", help="random weights, as always")
+    parser.add_argument("--random", action="store_true", help="changes nothing: weights are always random, but noise's")
     parser.add_argument("--layers", type=count, metavar="L", help="decoder layers (3; sweep: all of the model's)")
     parser.add_argument("--sample", type=count, default=24, metavar="N",
                         help="sweep: points of the slow sides' curves that are timed (24)")

@@ -65,8 +65,8 @@ class Config:
         v = raw["vision_cfg"]
         plain = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_ratio"}
         odd = {key: v[key] for key in v.keys() - plain}
-        if raw.get("quick_gelu") is False:
-            odd["quick_gelu"] = False
+        if raw.get("quick_gelu") is not True:                       # open_clip takes what is not there for plain
+            odd["quick_gelu"] = raw.get("quick_gelu")
         if odd:
             raise ValueError(f"open_clip config sets {odd}: that is not OpenAI's CLIP and is not implemented here")
         return cls(width=v["width"], layers=v["layers"], heads=v["width"] // v.get("head_width", 64),

@@ -102,11 +102,15 @@ OBJECTS = ("central object", "object1", "object2")         # columns "NAME name"
 
 
 def read_csv(file, images=None, bad=None, limit=None):
-    """One of the paper's CSV files -> list of Question, in file order.
+    """One of the paper's CSV files, or of that kind -> list of Question, in file order.
 
-    images: directory with {img_id}.jpg. limit: read no more than that. bad: a list that takes the messages of rows
-    that cannot be read; without it the first such row is a ValueError. ValueError: file missing or not CSV text, a
-    column missing or doubled, no rows.
+    Needed are the columns of NEEDED; there may be "true option" and "false option", "image_w" and "image_h" (px of the
+    picture that boxes are for), "captions", and of each of OBJECTS all of "NAME name" and "NAME x", "y", "w", "h" (px).
+    "-" is empty. The task is what the file's name has behind its last "_".
+
+    images: directory with {img_id}.jpg, .jpeg or .png. limit: read no more than that. bad: a list that takes the
+    messages of rows that cannot be read; without it the first such row is a ValueError. ValueError: file missing or not
+    CSV text, a column missing or doubled, no rows.
     """
     file = Path(file)
     task = file.stem.rsplit("_", 1)[-1]
@@ -364,7 +368,7 @@ def add_data_flags(parser):
     from runs import count
     group = parser.add_argument_group("questions", "without --data and --image: 20 of each task from tiny/val")
     group.add_argument("--data", nargs="+", metavar="FILE", help="the paper's CSVs, or JSON of GQA, OK-VQA, A-OKVQA")
-    group.add_argument("--images", metavar="DIR", help="their pictures, {img_id}.jpg")
+    group.add_argument("--images", metavar="DIR", help="the folder of their pictures, {img_id}.jpg, .jpeg or .png")
     group.add_argument("--tasks", nargs="+", metavar="TASK", help=f"of these tasks only, such as {', '.join(SIX[:2])}")
     group.add_argument("--limit", type=count, metavar="N", help="the first N questions of each task")
     group.add_argument("--all", action="store_true", help="count questions the model answers wrongly, too")
@@ -373,7 +377,7 @@ def add_data_flags(parser):
     group.add_argument("--image", metavar="FILE", help="an own picture ...")
     group.add_argument("--question", metavar="TEXT", help="... and the question about it")
     group.add_argument("--answer", metavar="TEXT", help="its answer, if known")
-    group.add_argument("--options", metavar="A,B", help='both of an "A or B" question; the answer is the true one')
+    group.add_argument("--options", metavar="A,B", help='both of an "A or B" question; the one in --answer is true')
     group.add_argument("--object", action="append", default=[], metavar="WORDS", help="an object the question names")
     group.add_argument("--box", action="append", default=[], metavar="X,Y,W,H", help="where an object is, in px")
 

@@ -299,7 +299,7 @@ def show_figure(name, figure, runs, out):
         writer = csv.DictWriter(f, head, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    draw(SCRIPTS[figure.kind][2], file, **({"panel": "window"} if figure.windows else {}))
+    draw(SCRIPTS[figure.kind][2], file)
     print(f"{name}, {figure.about}: {file}, .png, .pdf")
 
 
@@ -316,9 +316,9 @@ def show_tables(tables, evaluated, out):
         print(f"table_2, {TABLES['table2']}: {file}, .png, .pdf")
 
 
-def draw(picture, file, **how):
+def draw(picture, file):
     for suffix in (".png", ".pdf"):
-        picture(file, file.with_suffix(suffix), **how)
+        picture(file, file.with_suffix(suffix))
 
 
 def write_table_1(out, answers):
@@ -357,7 +357,7 @@ def parse():
     parser.add_argument("figures", nargs="*", metavar="N", help="figure numbers, table1, table2, or all")
     parser.add_argument("--list", action="store_true", help="show what there is and stop")
     parser.add_argument("--max-norm", type=float, metavar="X",
-                        help="figure 16 (57, or what as many patches exceed where 57 is of no use: see `threshold`)")
+                        help="figure 16: patches of a larger norm are left out (57; of another tower 0.6 %% of them)")
     add_model_flags(parser)
     add_data_flags(parser)
     group = parser.add_argument_group("run")

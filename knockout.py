@@ -13,7 +13,13 @@ Paper   https://arxiv.org/abs/2411.18620, Eq. 3-7, section 3.2; figures 3-5 are 
     position. p_base, p_knockout: probability of the model's own first answer token without and with the cut.
     change_percent = (p_knockout - p_base) / p_base * 100, one point for every l.
 
-Shapes  T tokens  L layers  H heads  D head size  V vocabulary
+    Layers count from 0, and a row's layer is its window's centre. token is a vocabulary id, k the window's size.
+
+Shapes  T tokens  S keys in view  L layers  C width  H heads  D head size  V vocabulary  s first target row
+        n = T - s rows from there on  B branches  M interventions, the first of them none
+
+A decoder is vicuna.Decoder, llama3.Decoder or what has their attributes: layers, rope, norm, lm_head, config.heads and,
+for all in one pass, the parts of a layer that `branch_layer` names.
 
 What it writes: knockout.csv (a row per question, edge and layer), knockout.png, run.json.
 """
@@ -53,7 +59,7 @@ def cut(keep, source, target, heads=None):
 def to_mask(keep):
     """bool keep (..., T, S), True = may look -> the paper's additive M (Eq. 4, 7): 0 keeps an edge, -inf cuts it.
 
-    Combine masks as bools and convert once, here: two finite "very small numbers" add up to -inf or wrap around.
+    Combine masks as bools and convert once, here: the most negative finite number twice is -inf.
     ValueError names the query rows that would see nothing (their softmax is NaN).
     """
     blind = ~keep.any(-1)
@@ -101,7 +107,9 @@ def unembed(decoder, x):
 def curve(decoder, x, source, target, token, k, heads=None):
     """One edge's knockout curve, the plain way, one forward pass per layer -> probability of `token` for each layer.
 
-    heads: cut the edge for these heads alone. It is what `sweep` is tested against.
+    x (1, T, C) embeddings; source, target: lists of positions; token: a vocabulary id; k: layers in a window; heads:
+    cut the edge for these alone. ValueError: a row is left nothing to look at, or there is no such head.
+    FloatingPointError: the dtype overflows. It is what `sweep` is tested against.
     """
     T, L = x.shape[1], len(decoder.layers)
     clean, mask = to_mask(causal(T, device=x.device)), blocked(decoder, T, source, target, heads).to(x.device)
@@ -146,7 +154,8 @@ def clean_pass(decoder, x):
 def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=512):
     """The curves of all `cuts`, a list of (source, target), as `curve` gives them, for a few forward passes in all.
 
-    stream, caches: from `clean_pass`; a cache may have grown since. rows: see `branches`.
+    -> for each cut the L probabilities of `token`. stream, caches: from `clean_pass`; decoding may have added to the
+    caches, what is behind the T tokens is not looked at. rows: see `branches`. Errors: as `curve`.
     """
     L = len(decoder.layers)
     ends = cut_ends(decoder, stream, caches, cuts, [window(l, k, L) for l in range(L)], heads, rows)
@@ -158,7 +167,7 @@ def sweep(decoder, stream, caches, cuts, token, k, heads=None, rows=512):
 def cut_ends(decoder, stream, caches, cuts, windows, heads=None, rows=512):
     """Each of `cuts` made in each of `windows`: the residual stream in which the last position ends (cuts, windows, C).
 
-    windows: ranges of layers, those that open first in front. The rest is as in `sweep`.
+    windows: ranges of layers, sorted by the first. The rest is as in `sweep`.
 
     Attention looks back only. So a cut leaves the rows before its first target row s as they are in the clean pass,
     and rows from s on, too, below the window. Each cut in each window is therefore a *branch*: it leaves the clean
@@ -186,19 +195,22 @@ def token_layers(T, L, cuts, k):
 def branches(decoder, stream, caches, masks, cuts, keep, gates=None, rows=512):
     """The residual stream (B, len(keep), C) in which the rows `keep` of B branches end, each with an intervention.
 
-    cuts: for each branch the number of its intervention and its layers, those that open first in front. masks
-    (M, 1 or H, n, T) of intervention 0, which is none, 1, .. gates (M, 2, n, 1): what attention's and the MLP's outputs
-    are multiplied with, row by row. rows: how many go through a layer at once; fewer read the weights more often, more
-    need more memory and, on CPUs, longer row by row: 512 take 0.91 to 0.99 of the time of 1,024 (`bench.py tree`).
-    What the branches carry from layer to layer, (B, n, C), is held for all of them.
+    cuts: for each branch the number of its intervention and its layers, sorted by the first. masks (M, 1 or H, n, T) of
+    intervention 0, which is none, 1, .. gates (M, 2, n, 1): what attention's and the MLP's outputs are multiplied with,
+    row by row. rows: how many go through a layer at once; fewer read the weights more often, more need more memory and,
+    on CPUs, longer row by row: 512 take 0.91 to 0.99 of the time of 1,024 (`bench.py tree`). What the branches carry
+    from layer to layer, (B, n, C), is held for all of them. ValueError: the branches are not sorted.
     """
+    starts = [layers.start for _, layers in cuts]
+    if starts != sorted(starts):
+        raise ValueError("branches must come sorted by their first layer")
     n, T = masks.shape[2:]
     cos, sin = decoder.rope(torch.arange(T - n, T, device=masks.device))
     which = torch.tensor([[m if i in layers else 0 for m, layers in cuts] for i in range(len(decoder.layers))])
     which, keep = (t.to(masks.device) for t in (which, torch.tensor(keep)))     # (L, B), here: no waiting in the loop
     x = stream[0][:, T - n:].expand(0, -1, -1)                      # (B, n, C), no branch yet
     for i, layer in enumerate(decoder.layers):
-        new = sum(layers.start == i for _, layers in cuts)
+        new = starts.count(i)
         x = torch.cat((x, stream[i][:, T - n:].expand(new, -1, -1)))
         past, wanted = [t[:, :, :T - n] for t in caches[i]], slice(None)
         if i + 1 == len(decoder.layers):
@@ -409,10 +421,10 @@ def parse(argv=None):
     group.add_argument("--edge", nargs="+", action="extend", default=[], metavar="A->B",
                        help="several edges in one run (those of figures 3-5)")
     group.add_argument("--window", type=count, metavar="K",
-                       help="layers cut at once (9; 3 of the 10 layers of the bundled models)")
+                       help="layers cut at once (9; for llava-tiny and llava-tiny-anyres, which have 10, 3)")
     group.add_argument("--heads", type=heads, metavar="H,H", help="cut it for these heads only, of every layer (all)")
     group.add_argument("--subword", choices=("first", "last"), default="first",
-                       help="which token of the answer counts; last: those before it follow the prompt (first)")
+                       help="measure the answer's first token, or its last behind the others (first)")
     group.add_argument("--max-norm", type=float, metavar="X",
                        help="leave patches of a larger feature norm out of related and other patches (figure 16)")
     group.add_argument("--paper-spans", action="store_true", help="find words as the paper's code does: hat in What")
@@ -423,7 +435,8 @@ def parse(argv=None):
     group.add_argument("--plain", action="store_true", help="a forward pass per layer and edge: slow, the same curves")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="for --selfcheck's random source (0)")
     group.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
-    group.add_argument("--selfcheck", action="store_true", help="check on these questions that it is Eq. 7, and stop")
+    group.add_argument("--selfcheck", action="store_true",
+                       help="check that a cut edge carries no attention and nothing else moves, and stop")
     args = parser.parse_args(argv)
     if bool(args.src) != bool(args.tgt):
         raise ValueError("--src and --tgt go together")

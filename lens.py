@@ -3,16 +3,19 @@ lens.py - what does the model know at which layer? The logit lens, and which mod
 
 Run     python lens.py                                       the answer's words at the last position (figure 6)
         python lens.py --top 5 --image photo.jpg --question "What is this?"    the likeliest words after each layer
-        python lens.py --top 1 --at image --layer 20 --image photo.jpg --question "What is this?"   words on the photo
+        python lens.py --top 1 --at image --layer 5 --image photo.jpg --question "What is this?"   words on the photo
         python lens.py --modules                             without attention, without the MLP (figure 12)
         python lens.py --edge "image->question"              without looking at the image (figure 37)
-Needs   torch, and knockout.py beside it, for the functions; the others' company for the command line.
-Matches the lens of the paper's own code on its golden runs  (tests/test_lens.py)
+Needs   torch, and knockout.py beside it, for the functions; the rest of the repository for the command line.
+Matches the lens of the paper's own code on its golden runs  (tests/test_golden.py)
 Paper   https://arxiv.org/abs/2411.18620, Eq. 8 (lens), Eq. 9 (Jaccard), section 5.3 and appendix D
 
     lens: softmax(E h^l), the words that the residual stream after layer l would end in if the model stopped there.
     Jaccard of an intervention: of the 10 likeliest words at the question's positions after the last layer, how many
     are the same with and without it: |both| / |either|, 1 where it changes nothing.
+
+    Layers: lens 0 is the embedding, l the stream after l layers, L the model's output; for a Jaccard they count from 0,
+    and a window starts at its row's layer without a module, and is centred on it without an edge.
 
 Shapes  T tokens  L layers  C width  n positions  V vocabulary  B branches
 
@@ -36,7 +39,7 @@ def lens(decoder, stream, positions, norm="raw"):
 
 
 def likeliest(decoder, x, K=10):
-    """Of n rows together, the set of the K most probable words of each: x (B, n, C) after the last layer -> B sets."""
+    """x (B, n, C) after the last layer -> B sets of ids: the K likeliest words of each of the n rows, all together."""
     return [set(ids) for part in x.split(8) for ids in unembed(decoder, part).topk(K).indices.flatten(1).tolist()]
 
 

@@ -41,8 +41,10 @@ class Config:
 
     @classmethod
     def from_json(cls, raw):
-        """A config.json (or its text_config) as a dict -> Config. What transformers omits from the file is filled with
-        LlamaConfig's defaults. ValueError names any setting that would change the arithmetic."""
+        """A config.json as a dict -> Config; of a LLaVA in transformers' layout its text_config. What transformers
+        omits from the file is filled with LlamaConfig's defaults. ValueError names what would change the arithmetic."""
+        if "text_config" in raw:
+            raise ValueError("config.json is a LLaVA's: llava_min.py reads it; a decoder's is its text_config")
         rope = raw.get("rope_parameters") or {}                     # how transformers 5 spells rope_theta
         config = cls(vocab=raw.get("vocab_size", 32000), width=raw.get("hidden_size", 4096),
                      layers=raw.get("num_hidden_layers", 32), heads=raw.get("num_attention_heads", 32),
@@ -105,7 +107,7 @@ def causal(T, S=None, device=None):
 def to_mask(keep):
     """bool keep (..., T, S), True = may look -> the paper's additive M (Eq. 4, 7): 0 keeps an edge, -inf cuts it.
 
-    Combine masks as bools and convert once, here: two finite "very small numbers" add up to -inf or wrap around.
+    Combine masks as bools and convert once, here: the most negative finite number twice is -inf.
     ValueError names the query rows that would see nothing (their softmax is NaN).
     """
     blind = ~keep.any(-1)
@@ -139,7 +141,7 @@ def attend_fast(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    kernel = staticmethod(attend_fast)                              # set to `attend` to run Eq. 3 as written
+    kernel = staticmethod(attend_fast)                              # staticmethod(attend): Eq. 3 as written
 
     def __init__(self, c):
         super().__init__()
@@ -150,7 +152,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * self.size, c.width, bias=False)
 
     def qkv(self, x, cos, sin):
-        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), rotated."""
+        """x (B, T, C) -> q (B, H, T, D), k (B, K, T, D), both rotated, v as k."""
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.size).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -191,7 +193,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """An instrument writes its own loop over layers, from public parts: embed_tokens, rope, layers, norm, lm_head."""
+    """An instrument writes its own loop over layers, from public parts: embed_tokens, rope, layers and what is in them,
+    norm, lm_head."""
 
     def __init__(self, c):
         super().__init__()
@@ -336,7 +339,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--weights", metavar="DIR", required=True,
-                        help="folder with config.json, weights and a tokenizer")
+                        help="folder of a text-only model: config.json, weights, a tokenizer")
     parser.add_argument("--prompt", metavar="TEXT", required=True)
     parser.add_argument("--tokens", metavar="N", type=int, default=20, help="how many to write at most (20)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")

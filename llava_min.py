@@ -585,11 +585,13 @@ class LLaVA(nn.Module):
         else:
             option = {w: p.words(found) for w, found in option_spans(options, p.question).items()}
             word = {w: p.words(found) for w, found in name_spans(objects, p.question).items()}
-        unknown = "the question has no options, or it is not known which is right"
+        unknown = "the question has no options, or it is not known which is right (--options A,B --answer A tell)"
         p.put("true_option", option[true_option] if true_option else unknown)
         p.put("false_option", option[false_option] if false_option else unknown)
-        p.put("options", *(option[w] for w in options) if options else ["the question has no options"])
-        p.put("objects", *(word[w] for w in objects) if objects else ["no object is named for this question"])
+        p.put("options", *(option[w] for w in options) if options else [
+            "the question has no options (--options A,B tells)"])
+        p.put("objects", *(word[w] for w in objects) if objects else [
+            "no object is named for this question (--object WORDS tells)"])
         for part in ("options", "objects"):
             rest = set(p.groups.get("question", ())) - set(p.groups.get(part, ()))
             p.put(f"question_wo_{part}", p.absent.get(part) or rest)
@@ -613,7 +615,7 @@ class LLaVA(nn.Module):
         p.put("tile_patches", at(view > 0) or "only AnyRes models have tiles")
         p.put("newlines", at(view < 0) or "only AnyRes models have newlines")
         related = patches_in_boxes(image.size, boxes, c) if boxes else None
-        unknown = "the question has no annotated box"
+        unknown = "the question has no annotated box (--box X,Y,W,H tells)"
         p.put("related_patches",
               unknown if related is None else at(related) or "no patch has a pixel wholly inside a box")
         p.put("other_patches", unknown if related is None else at(~related & (view >= 0)))

@@ -85,12 +85,14 @@ def save(fig, file):
     plt.close(fig)
 
 
-def knockout(file, picture, panel="task"):
+def knockout(file, picture):
     """knockout.csv -> a picture: a panel per task, a curve per edge, mean over questions with its 95 % interval.
 
-    panel: or per "window". -> what was drawn: {(panel, edge): (layers, mean changes in percent, number of questions)}
+    Rows of several windows, as of figures 7 and 8, get a panel per window. -> what was drawn: {(panel, edge): (layers,
+    mean changes in percent, number of questions)}
     """
     rows = read(file, ("task", "edge", "window", "layer", "change_percent", "question_id"))
+    panel = "task" if len({row["window"] for row in rows}) == 1 else "window"
     title = "Attention knockout" + (f", window {windows(rows)}" if panel == "task" else "")
     return curves(file, rows, picture, "edge", "change_percent", 1, title, "layer at the centre of the window",
                   "change of P(answer), %", 0, at_least=(-5, 1), panel=panel)
@@ -346,7 +348,7 @@ def groups(image, prompt, boxes, annotated, picture):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", metavar="CSV", help="a knockout.csv, lens.csv, jaccard.csv, prune.csv or accuracy.csv")
+    parser.add_argument("csv", metavar="CSV", help="a run's or a figure's CSV, whatever instrument wrote it")
     parser.add_argument("--out", metavar="PNG", help="the picture's file (beside the CSV)")
     args = parser.parse_args()
     picture = args.out or Path(args.csv).with_suffix(".png")

@@ -5,7 +5,7 @@ Run     python prune.py                                      the bundled model w
         python prune.py --model llava-v1.6-vicuna-13b --data *_ChooseAttr.csv --images photos --last 0 10 20 30
         python prune.py --keep random:16                     all of the image but 16 tokens, drawn by --seed
         python prune.py --suggest out/knockout/knockout.csv  from the layer on from which that run says it is not needed
-Needs   torch, and knockout.py beside it, for the functions; the others' company for the command line.
+Needs   torch, and knockout.py beside it, for the functions; the rest of the repository for the command line.
 Paper   https://arxiv.org/abs/2411.18620, figure 14 (its code was never released)
 
     At layer L - X of the prefill the image's rows leave the residual stream. The layers from there on hold no keys of

@@ -1,7 +1,7 @@
 """
 runs.py - a long run that can be stopped: progress bar, a durable write per question, resume, run.json, one-line errors.
 
-Needs   tqdm, and what main() already needs. Nothing else of this repo: copy it and it works.
+Needs   tqdm, and torch for what run.json says of the machine. Nothing else of this repo: copy it and it works.
 Use     run = Run(out, "knockout.csv", COLUMNS, settings)
         for question in run.todo(questions, key=lambda q: q.key):
             run.write(question.key, rows)
@@ -36,8 +36,8 @@ class Run:
         """out: directory, made if absent. name: "x.csv". columns: header. settings: what the numbers depend on.
 
         shard: (i, n), this process has each n-th item from the i-th on; its files lie in a folder of their own in `out`
-        until the last shard to finish puts them together. about: what run.json should say besides; a run may go on
-        under another.
+        until the last shard to finish puts them together. about: what run.json should say besides; it
+        may differ when a run goes on.
         """
         self.whole, self.shard = Path(out), shard
         self.out = shard_folder(self.whole, *shard) if shard else self.whole

@@ -1,7 +1,8 @@
 """
 tiny.py - the bundled model: a drawn world in GQA's own file formats, and a LLaVA of 2.8 M parameters trained on it.
 
-Needs   torch, tokenizers, safetensors, pillow, tqdm; beside it llava_min.py with its neighbours, eval_gqa.py, runs.py
+Needs   torch, tokenizers, safetensors, pillow, tqdm; beside it llava_min.py with its neighbours, eval_gqa.py, runs.py,
+        knockout.py and, for `score`, lens.py
 Run     python tiny.py make world --seed 7                   pictures, scene graphs, questions, regions of both splits
         python tiny.py train out/my-tiny                     over an hour on 2 CPU cores; called again it goes on
         python tiny.py train out/my-tiny-anyres --anyres --start out/my-tiny
@@ -482,7 +483,7 @@ def by_color(s, r):
 
 
 def talk(s, r, stage):
-    """What one picture teaches: list of (question, reply, brief). Stage 1 describes it, 2 and 3 ask about it, too."""
+    """What one picture teaches: list of (question, reply, brief). Stage 1 describes it, later ones ask about it."""
     found = [(CAPTION, caption(s, r), False), (BY_COLOR, by_color(s, r), False)]
     while stage >= 2 and len(found) < 8:
         _, _, ask = r.choices(ASKERS, WEIGHTS[stage])[0]

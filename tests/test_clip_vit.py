@@ -191,6 +191,13 @@ def test_an_open_clip_setting_that_is_not_openais_clip_is_refused_by_name(odd):
         clip_vit.Config.from_json({"model_cfg": raw})
 
 
+def test_an_open_clip_config_that_says_nothing_of_its_gelu_is_refused():
+    """open_clip takes the plain one then."""
+    with pytest.raises(ValueError, match="quick_gelu"):
+        clip_vit.Config.from_json({"model_cfg": {"vision_cfg": {"image_size": 56, "layers": 3, "width": 64,
+                                                                "patch_size": 14}}})
+
+
 # ---------------------------------------------------------------------------------------------------- pixels
 
 @pytest.mark.parametrize("size", world.PICTURES)

@@ -288,7 +288,7 @@ def test_a_box_that_the_scene_graph_lacks_is_named(world, tmp_path):
     for graph in graphs.values():
         graph["objects"].popitem()
     (tmp_path / "graphs.json").write_text(json.dumps(graphs))
-    with pytest.raises(ValueError, match="val_balanced_questions.json, question 2.*KeyError"):
+    with pytest.raises(ValueError, match="val_balanced_questions.json, question 2.*its scene graph has no object 2"):
         eval_gqa.read_gqa(world / "val_balanced_questions.json", scene_graphs=tmp_path / "graphs.json")
 
 
