@@ -170,14 +170,14 @@ def measure_jaccard(model, q, args, strict):
     for edge in args.edges:
         try:
             source, target = map(p.positions, edge)
-            mask = blocked(d, x.shape[1], source, target, first=0 if args.plain else min(target))
         except EmptyGroup as e:
             if strict:
                 raise
             skipped["->".join(edge)] = str(e)
             continue
         if args.plain:
-            whole, mask = to_mask(causal(x.shape[1], device=x.device)), mask.to(x.device)
+            whole = to_mask(causal(x.shape[1], device=x.device))
+            mask = blocked(d, x.shape[1], source, target).to(x.device)
             curves["->".join(edge)] = plainly(forward(d, x, whole, mask, window(l, args.window, L)) for l in range(L))
         else:
             curves["->".join(edge)] = edge_curve(d, *clean, source, target, question, args.window)

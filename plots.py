@@ -72,9 +72,11 @@ def read(file, needed):
             rows = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{file} is not a run's CSV ({getattr(e, 'strerror', None) or e})") from e
-    missing = [c for c in needed if rows and c not in rows[0]]
-    if missing or not rows:
-        raise ValueError(f"{file} has no column {', '.join(missing)}" if rows else f"{file} has no rows")
+    if not rows:
+        raise ValueError(f"{file} has no rows")
+    missing = [c for c in needed if c not in rows[0]]
+    if missing:
+        raise ValueError(f"{file} has no column {', '.join(missing)}")
     return rows
 
 

@@ -36,8 +36,8 @@ class Run:
         """out: directory, made if absent. name: "x.csv". columns: header. settings: what the numbers depend on.
 
         shard: (i, n), this process has each n-th item from the i-th on; its files lie in a folder of their own in `out`
-        until the last shard to finish puts them together. about: what run.json should say besides; it
-        may differ when a run goes on.
+        until the last shard to finish puts them together. about: what run.json should say besides; it may differ
+        when a run goes on.
         """
         self.whole, self.shard = Path(out), shard
         self.out = shard_folder(self.whole, *shard) if shard else self.whole
