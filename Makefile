@@ -1,6 +1,8 @@
-# make demo   sets everything up in .venv and cuts the edges of figures 3-5 in the bundled model: out/knockout
-# make test   sets everything up and runs the tests        make lint   ruff        make clean   throws .venv away
-# make retrain   trains both bundled models again, into out/retrain: two to three hours on 2 CPU cores, less on a GPU
+# make demo      installs into .venv and cuts the edges of figures 3-5 in the bundled model: out/knockout
+# make test      installs into .venv and runs all tests; python -m pytest -m "not slow" runs the quick ones
+# make lint      ruff
+# make clean     deletes .venv
+# make retrain   trains both bundled models again, into out/retrain: two to three hours on 2 CPU cores
 PYTHON ?= python3
 VENV := .venv
 
@@ -11,9 +13,9 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 retrain: $(VENV)/installed
-	$(VENV)/bin/python tiny.py train out/retrain/first
-	$(VENV)/bin/python tiny.py train out/retrain/llava-tiny --start out/retrain/first
-	$(VENV)/bin/python tiny.py train out/retrain/llava-tiny-anyres --anyres --start out/retrain/llava-tiny
+	$(VENV)/bin/python -m tiny.train out/retrain/first
+	$(VENV)/bin/python -m tiny.train out/retrain/llava-tiny --start out/retrain/first
+	$(VENV)/bin/python -m tiny.train out/retrain/llava-tiny-anyres --anyres --start out/retrain/llava-tiny
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,23 +1,22 @@
 """
-bench.py - every performance figure this project publishes, side by side with a named baseline on the same machine.
+bench.py - every performance figure that this project publishes, beside a named baseline on the same machine.
 
-Needs   transformers beside the project's own requirements (pip install transformers): it is the baseline, and used
+Needs   transformers besides the project's own requirements (pip install transformers): it is the baseline, and used
         nowhere else.
 Run     python bench.py forward                  one clean forward pass at 7B widths against transformers with SDPA
         python bench.py load                     loading a sharded checkpoint: seconds and peak memory
-        python bench.py tree                     how many rows of branches attention, and a layer, should take at a time
+        python bench.py tree                     how many tokens of branches should go through a layer at once
         python bench.py prune --layers 8         prefill without the image in the upper layers: time and FLOPs saved
         python bench.py noise                    what bfloat16 and float16 do to the curves of the bundled model
         python bench.py sweep --model llava-1.5-7b --layers 8          knockout of figures 3-5, all layers of six edges:
                                                  in one pass, the plain way, and the paper's way in transformers
 
-Weights are random, except for `noise`; widths are the published models', and only the number of layers is cut, to fit
-a small machine. The sides take turns, and what counts is the median of the ratios of neighbours: machines drift, and
-neighbours drift together.
+Weights are random, except for `noise`. Widths are the published models'; only the number of layers is cut, to fit a
+small machine. The sides take turns, and the median of the ratios of neighbouring turns counts, so that clock drift
+affects all sides alike.
 """
 import csv
 import ctypes
-import inspect
 import json
 import statistics
 import subprocess
@@ -33,12 +32,15 @@ from pathlib import Path
 import torch
 
 import clip_vit
+import fork
 import knockout
 import lens
 import llama3
 import prune
 import vicuna
-from runs import Parser, cli, count, machine, versions
+from harness import hub, questions
+from harness.experiment import Parser, one_line_errors
+from harness.runs import machine, versions
 
 WIDE = {"width": 5120, "hidden": 13824, "heads": 40, "kv_heads": 40, "layers": 40}
 SHAPES = {"llava-1.5-7b": (vicuna, {}, 1), "llava-1.5-13b": (vicuna, WIDE, 1),  # decoder, its sizes, views of a photo
@@ -55,12 +57,17 @@ def build(name, layers, dtype, device):
     return fill(decoder.to_empty(device=device)).eval().requires_grad_(False)
 
 
-def theirs_of(ours):
-    """transformers' LlamaForCausalLM with SDPA on the very memory of our decoder's weights."""
+def theirs_on_meta(c):
+    """-> (transformers' LlamaForCausalLM of our Config, without memory, {our parameter's name: its name there})."""
     from transformers import LlamaForCausalLM
     with torch.device("meta"):
-        theirs = LlamaForCausalLM._from_config(hf_config(ours.config), attn_implementation="sdpa")
-    names = {name.removeprefix("model."): name for name in theirs.state_dict()}
+        theirs = LlamaForCausalLM._from_config(hf_config(c), attn_implementation="sdpa")
+    return theirs, {vicuna.rename(name): name for name in theirs.state_dict()}
+
+
+def theirs_of(ours):
+    """transformers' LlamaForCausalLM with SDPA on the very memory of our decoder's weights."""
+    theirs, names = theirs_on_meta(ours.config)
     theirs.load_state_dict({names[n]: p for n, p in ours.named_parameters()}, assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(ours.lm_head.weight.device)
     return theirs.eval().requires_grad_(False)
@@ -115,12 +122,13 @@ def forward(args):
     theirs = theirs_of(ours)
     for T in args.tokens:
         x = torch.randn(1, T, ours.config.width, generator=torch.Generator().manual_seed(1)).to(args.device, dtype)
+        at = torch.arange(T, device=args.device)
         with torch.inference_mode():
-            a = ours.lm_head(ours.norm(ours(x)[:, -1:]))
+            a = ours.lm_head(ours.norm(ours(x, at)[:, -1:]))
             b = theirs(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits
             gap = ((a - b).float().norm() / b.float().norm()).item()
             seconds = interleave({
-                "ours": lambda x=x: ours.lm_head(ours.norm(ours(x)[:, -1:])),
+                "ours": lambda x=x, at=at: ours.lm_head(ours.norm(ours(x, at)[:, -1:])),
                 "transformers": lambda x=x: theirs(inputs_embeds=x, use_cache=False, logits_to_keep=1)},
                 args.repeats, args.device)
         ratio = statistics.median(o / t for o, t in zip(*seconds.values(), strict=True))
@@ -157,66 +165,69 @@ def load(args):
     from safetensors.torch import save_file
     with tempfile.TemporaryDirectory() as folder:
         model = build("llava-1.5-7b", args.layers, torch.bfloat16, "cpu")
-        state = model.state_dict()
-        names = [n if n.startswith("lm_head") else f"model.{n}" for n in state]
-        shards = {n: f"model-{1 + i * 3 // len(names):05d}-of-00003.safetensors" for i, n in enumerate(names)}
+        names = theirs_on_meta(model.config)[1]
+        state = {names[n]: tensor for n, tensor in model.state_dict().items()}
+        shards = {n: f"model-{1 + i * 3 // len(state):05d}-of-00003.safetensors" for i, n in enumerate(state)}
         for shard in sorted(set(shards.values())):
-            save_file({n: state[n.removeprefix("model.")] for n in names if shards[n] == shard}, f"{folder}/{shard}",
-                      {"format": "pt"})
+            save_file({n: state[n] for n in state if shards[n] == shard}, f"{folder}/{shard}", {"format": "pt"})
         Path(folder, "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
         Path(folder, "config.json").write_text(hf_config(model.config).to_json_string())
         del model, state
-        found = {name: [] for name in LOADERS}
+        measured = {name: [] for name in LOADERS}
         for _ in range(args.repeats):
             for name, loader in LOADERS.items():
                 done = subprocess.run([sys.executable, "-c", MEASURE.format(loader=loader), folder], check=True,
                                       capture_output=True, text=True, cwd=Path(__file__).resolve().parent)
-                found[name].append([float(x) for x in done.stdout.split()])
-    size, largest = found["ours"][0][2:]
+                measured[name].append([float(x) for x in done.stdout.split()])
+    size, largest = measured["ours"][0][2:]
     print(f"load, {size / 1e9:.2f} GB in 3 shards, largest tensor {largest / 1e6:.0f} MB, bfloat16, median of "
           f"{args.repeats}")
-    for name, rows in found.items():
+    for name, rows in measured.items():
         seconds, peak = (statistics.median(column) for column in list(zip(*rows, strict=True))[:2])
         print(f"  {name}: {seconds:.2f} s, peak memory {peak / 1e6:.0f} MB = the model {(peak - size) / 1e6:+.0f} MB")
 
 
 class Question:
-    """Random embeddings in the shape of a published model's prompt: the system's 37 tokens, the image, and `behind`
-    more from where the question starts, 12 of them its own. 29 is the median of the paper's questions, with 24 the
-    fewest and 36 the most (72 of them through the published tokenizers). T: tokens."""
+    """Random embeddings in the shape of a published model's prompt: 37 tokens of the system, the image, and from the
+    question on `after` more, 12 of them its own. 29 is the median of the paper's questions, 24 the fewest and 36 the
+    most (72 of them, with the published tokenizers). T: tokens."""
 
-    def __init__(self, name, decoder, behind=29):
+    def __init__(self, name, decoder, after=29):
         start, images = 37, 576 if SHAPES[name][2] == 1 else 2200
         end = start + images
-        self.T = end + behind
+        self.T = end + after
         image, question, last = list(range(start, end)), list(range(end, end + 12)), [self.T - 1]
         groups = {"image": image, "question": question, "last": last, "related_patches": image[100:160],
                   "other_patches": image[:100] + image[160:]}
         self.cuts = [[groups[g] for g in edge.split("->")] for edge in knockout.EDGES]
         self.x = torch.randn(1, self.T, decoder.config.width, generator=torch.Generator().manual_seed(1)).to(
             decoder.lm_head.weight)
+        self.positions = torch.arange(self.T, device=self.x.device)
+
+    def clean(self, decoder):
+        return fork.clean_pass(decoder, self.x, self.positions)
 
 
 def encoders(name, width, dtype, device, with_theirs):
-    """(ours, theirs): functions that take a photo's views through tower and projector. Ours runs the tower in float32,
+    """[ours, theirs]: functions that take a photo's views through tower and projector. Ours runs the tower in float32,
     as llava_min does, theirs in `dtype`, as the paper's code."""
     c = clip_vit.Config()
     pixels = torch.randn(SHAPES[name][2], 3, c.image, c.image, generator=torch.Generator().manual_seed(2)).to(device)
     layers = torch.nn.Linear(c.width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
     projector = fill(torch.nn.Sequential(*layers)).to(device, dtype)
-    tower = fill(clip_vit.CLIP(c)).to(device).eval()
-    found = [lambda: projector(tower(pixels, -2)[:, 1:].to(dtype))]
+    tower = fill(clip_vit.Tower(c)).to(device).eval()
+    ways = [lambda: projector(tower.features(pixels, -2).to(dtype))]
     if with_theirs:
         from transformers import CLIPVisionConfig, CLIPVisionModel
         other = CLIPVisionModel(CLIPVisionConfig(
             hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
             image_size=c.image, patch_size=c.patch)).to(device, dtype).eval()
-        found.append(lambda: projector(other(pixels.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:]))
-    return found
+        ways.append(lambda: projector(other(pixels.to(dtype), output_hidden_states=True).hidden_states[-2][:, 1:]))
+    return ways
 
 
 def papers_forward(theirs, encode, x, clean, blocked, layers):
-    """One point of a curve as the paper's code makes it: encode the photo, run the model with the blocked 4D mask in
+    """One point of a curve as the paper's code computes it: encode the photo, run the model with the blocked 4D mask in
     the window's layers -> logits (V,)."""
     def swap(module, args, kwargs):
         return args, kwargs | {"attention_mask": blocked}
@@ -236,20 +247,20 @@ def sweep(args):
     if not baseline:
         print("the paper's way is left out: pip install transformers")
     decoder = build(args.model, args.layers, dtype, args.device)
-    q, L, c = Question(args.model, decoder, args.behind), len(decoder.layers), decoder.config
+    q, L, c = Question(args.model, decoder, args.after), len(decoder.layers), decoder.config
     encode = encoders(args.model, c.width, dtype, args.device, baseline)
-    clean = knockout.to_mask(knockout.causal(q.T)).to(args.device)
-    found = {}
+    clean = fork.to_mask(fork.causal(q.T)).to(args.device)
+    curves = {}
 
     def whole(cuts):
-        return knockout.sweep(decoder, *knockout.clean_pass(decoder, q.x), cuts, 0, k)
+        return knockout.sweep(decoder, q.clean(decoder), cuts, 0, k)
 
-    asked, stream = q.cuts[3][1], knockout.clean_pass(decoder, q.x)[0]
-    sides = {"clean forward": lambda: knockout.unembed(decoder, decoder(q.x, clean)[0, -1]),
-             "sweep, six edges": lambda: found.update(sweep=whole(q.cuts)),
+    asked, stream = q.cuts[3][1], q.clean(decoder).stream
+    sides = {"clean forward": lambda: fork.unembed(decoder, decoder(q.x, q.positions, clean)[0, -1]),
+             "sweep, six edges": lambda: curves.update(sweep=whole(q.cuts)),
              "sweep, question->last": lambda: whole(q.cuts[:1]),
              "lens, last position": lambda: lens.lens(decoder, stream, [-1]),
-             "module knockout, both": lambda: lens.module_curves(decoder, *knockout.clean_pass(decoder, q.x), asked, k),
+             "module knockout, both": lambda: lens.module_curves(decoder, q.clean(decoder), asked, k),
              "photo encoded, ours": encode[0]}
     peaks = {}
     seconds = interleave(sides, args.repeats, args.device, peaks)
@@ -257,22 +268,22 @@ def sweep(args):
     # Every point of a curve costs the other two sides the same: so many of them, evenly spread, are timed in turns.
     points = [(e, l) for e in range(len(q.cuts)) for l in range(L)]
     timed = points[::max(1, len(points) // args.sample)][:args.sample]
-    slow = {"plain loop": lambda mask, layers: knockout.unembed(
-        decoder, knockout.forward(decoder, q.x, clean, mask, layers)[0, -1])}
+    slow = {"plain loop": lambda mask, layers: fork.unembed(
+        decoder, knockout.forward(decoder, q.x, q.positions, clean, mask, layers)[0, -1])}
     if baseline:
         theirs, wide = theirs_of(decoder), clean.to(dtype)[None, None]
         slow["the paper's way"] = lambda mask, layers: papers_forward(theirs, encode[1], q.x, wide,
                                                                       mask.to(dtype)[None, None], layers)
     gaps = {name: [] for name in slow}
     for turn, (e, l) in enumerate([points[0], *timed]):             # the first is for warming up
-        mask = knockout.blocked(decoder, q.T, *q.cuts[e]).to(args.device)
+        mask = knockout.edge_mask(decoder, q.T, *q.cuts[e]).to(args.device)
         for name, run in slow.items():
             wait(args.device)
             start = time.perf_counter()
-            p = knockout.probability(run(mask, knockout.window(l, k, L)), 0)
+            p = fork.probability(run(mask, knockout.window(l, k, L)), 0)
             if turn:
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
-                gaps[name].append(abs(p / found["sweep"][e][l] - 1))
+                gaps[name].append(abs(p / curves["sweep"][e][l] - 1))
             else:
                 peaks[name] = peak(lambda run=run, mask=mask: run(mask, ()), args.device)
     one, forwards = statistics.median(seconds["clean forward"]), 1 + len(points)
@@ -300,7 +311,7 @@ def sweep(args):
 
 
 def tree(args):
-    """One layer for all 3 L branches of figures 4 and 5, with more or fewer of them to a sequence in attention."""
+    """One layer for all 3 L branches of figures 4 and 5, with more or fewer of them lined up in attention."""
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
         decoder = build(name, 1, getattr(torch, args.dtype), args.device)
         for past in (613, 2237):
@@ -309,7 +320,7 @@ def tree(args):
 
 @torch.inference_mode()
 def time_tree(args, name, decoder, past):
-    best, at_once = knockout.TREE_ROWS, inspect.signature(knockout.branches).parameters["rows"].default
+    best, at_once = fork.IN_SEQUENCE, fork.AT_ONCE
     module, sizes, _ = SHAPES[name]
     c, n, L = decoder.config, 29, module.Config(**sizes).layers
     random = torch.Generator().manual_seed(1)
@@ -317,20 +328,20 @@ def time_tree(args, name, decoder, past):
     def draw(*shape):
         return torch.randn(shape, generator=random).to(decoder.lm_head.weight)
     x, kv = draw(3 * L, n, c.width), [draw(1, c.kv_heads, past, c.width // c.heads) for _ in range(2)]
-    mask = knockout.to_mask(knockout.causal(n, past + n))[None, None].to(x)
+    mask = fork.to_mask(fork.causal(n, past + n))[None, None].to(x)
     cos, sin = decoder.rope(torch.arange(past, past + n, device=args.device))
     which = torch.zeros(len(x), dtype=torch.long, device=args.device)
 
     def run(in_attention, in_layer):
-        knockout.TREE_ROWS = in_attention
+        fork.IN_SEQUENCE = in_attention
         for some in x.split(in_layer // n):
-            knockout.branch_layer(decoder.layers[0], some, cos, sin, kv, mask, which[:len(some)])
-    ways = [(rows, at_once) for rows in (n, 2 * n, 128, 256, 512, 1024) if rows != best]
-    ways += [(best, rows) for rows in (256, 512, 1024, 2048, len(x) * n)]
+            fork.branch_layer(decoder.layers[0], some, cos, sin, kv, mask, which[:len(some)])
+    ways = [(tokens, at_once) for tokens in (n, 2 * n, 128, 256, 512, 1024) if tokens != best]
+    ways += [(best, tokens) for tokens in (256, 512, 1024, 2048, len(x) * n)]
     seconds = interleave({way: partial(run, *way) for way in ways}, args.repeats, args.device)
-    knockout.TREE_ROWS, base = best, seconds[best, at_once]
-    print(f"one layer of {name}, {len(x)} branches of {n} rows behind {past}, {args.dtype} on {args.device}: "
-          f"{statistics.median(base):.3f} s with {best} rows in attention and {at_once} in a layer; as shares of that:")
+    fork.IN_SEQUENCE, base = best, seconds[best, at_once]
+    print(f"one layer of {name}, {len(x)} branches of {n} tokens after {past}, {args.dtype} on {args.device}: "
+          f"{statistics.median(base):.3f} s with {best} tokens in attention, {at_once} in a layer; as shares of that:")
     for (in_attention, in_layer), spent in seconds.items():
         share = statistics.median(a / b for a, b in zip(spent, base, strict=True))
         print(f"    {in_attention:5} in attention, {in_layer:5} in a layer: {share:.2f}")
@@ -338,13 +349,13 @@ def time_tree(args, name, decoder, past):
 
 @torch.inference_mode()
 def drop(args):
-    """Prefill without the image in the upper layers: time saved against FLOPs saved."""
+    """Prefill without the image in the upper layers: time saved, against FLOPs saved."""
     decoder = build(args.model, args.layers, getattr(torch, args.dtype), args.device)
     q, L, c = Question(args.model, decoder), len(decoder.layers), decoder.config
     image = q.cuts[1][0]
     counts = [round(L * part) for part in (0, 0.25, 0.5, 0.75)]
-    seconds = interleave({X: partial(prune.prefill, decoder, q.x, image, L - X) for X in counts}, args.repeats,
-                         args.device)
+    sides = {X: partial(prune.prefill, decoder, q.x, q.positions, image, L - X) for X in counts}
+    seconds = interleave(sides, args.repeats, args.device)
     print(f"{args.model}, {L} layers, {args.dtype} on {args.device}, {q.T} tokens, {len(image)} of them the image's; "
           f"prefill in {statistics.median(seconds[0]):.3f} s with all of them")
     rows = [["layers without", "time", "FLOPs", "time saved / FLOPs saved"]]
@@ -358,24 +369,22 @@ def drop(args):
 @torch.inference_mode()
 def noise(args):
     """Knockout of figures 3-5 on the bundled model, 20 questions a task, in each dtype against float32."""
-    import eval_gqa
-    import llava_min
-    questions = eval_gqa.read_any(eval_gqa.BUNDLED, eval_gqa.BUNDLED.parent / "images", None, 20)
+    asked = questions.read_any(questions.BUNDLED, questions.BUNDLED.parent / "images", None, 20)
     curves, tokens = {}, []
     for dtype in ("float32", "bfloat16", "float16"):
-        model, found = llava_min.load("llava-tiny", dtype=dtype, device=args.device), []
-        for i, q in enumerate(questions):
+        model, changes = hub.load("llava-tiny", dtype=dtype, device=args.device), []
+        for i, q in enumerate(asked):
             p = q.prompt(model)
-            stream, caches = knockout.clean_pass(model.decoder, model.embed(p))
-            logits = knockout.unembed(model.decoder, stream[-1][0, -1])
+            groups, clean = q.groups(p), fork.clean_pass(model.decoder, model.embed(p), p.positions)
+            logits = fork.unembed(model.decoder, clean.stream[-1][0, -1])
             tokens += [logits.argmax().item()] if dtype == "float32" else []
-            cuts = [[p.positions(g) for g in edge.split("->")] for edge in knockout.EDGES]
-            base = knockout.probability(logits, tokens[i])
-            found.append([[knockout.percent(base, v) for v in values]
-                          for values in knockout.sweep(model.decoder, stream, caches, cuts, tokens[i], 3)])
-        curves[dtype] = torch.tensor(found, dtype=torch.float64)    # (questions, edges, L)
-    tasks = [[i for i, q in enumerate(questions) if q.task == task] for task in eval_gqa.SIX]
-    print(f"llava-tiny, {len(questions)} questions, {len(knockout.EDGES)} edges, window 3, on {args.device}: "
+            cuts = [[groups.positions(g) for g in edge.split("->")] for edge in knockout.EDGES]
+            base = fork.probability(logits, tokens[i])
+            changes.append([[knockout.percent(base, v) for v in values]
+                          for values in knockout.sweep(model.decoder, clean, cuts, tokens[i], 3)])
+        curves[dtype] = torch.tensor(changes, dtype=torch.float64)    # (questions, edges, L)
+    tasks = [[i for i, q in enumerate(asked) if q.task == task] for task in questions.SIX]
+    print(f"llava-tiny, {len(asked)} questions, {len(knockout.EDGES)} edges, window 3, on {args.device}: "
           "change_percent against float32's, in percentage points")
     rows = [["dtype", "a point, median", "95 %", "most", "a task's mean curve, most"]]
     for dtype in ("bfloat16", "float16"):
@@ -397,59 +406,68 @@ def table(rows, file):
 
 
 def floor(c, T, L, cuts, k):
-    """FLOPs of a clean pass and a sweep over those of the clean pass, nothing counted that a mask hides."""
+    """FLOPs of a clean pass and a sweep, in units of the clean pass's; what a mask hides is not counted."""
     last = prune.layer_flops(c, T - 1, T)
     return 1 + sum(prune.layer_flops(c, min(target), T) * (L - 1 - knockout.window(l, k, L).start) + last
                    for _, target in cuts for l in range(L)) / (L * prune.layer_flops(c, 0, T))
 
 
 def peak(run, device):
-    """Most memory that run() needs at a time, in bytes, beyond what was taken before (on a CPU: Linux only)."""
+    """The most memory that run() needs at a time, in bytes, beyond what was in use before (on a CPU: Linux only)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
 
-    ctypes.CDLL(None).malloc_trim(0)                                # what is free goes back first
+    ctypes.CDLL(None).malloc_trim(0)                                # give back what is free first
 
     def status(key):
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
         return int(line.split()[1]) * 1024
-    Path("/proc/self/clear_refs").write_text("5")                   # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")                   # reset the peak
     before = status("VmRSS")
     run()
     return status("VmHWM") - before
 
 
-def main():
-    parser = Parser(__doc__)
+def main(argv=None):
+    with one_line_errors():
+        run(parse(Parser(__doc__), argv))
+
+
+def parse(parser, argv=None):
+    """The command line -> args."""
     parser.add_argument("what", choices=("forward", "load", "tree", "prune", "noise", "sweep"))
     parser.add_argument("--model", choices=SHAPES, default="llava-1.5-7b", help="whose widths (llava-1.5-7b)")
     parser.add_argument("--random", action="store_true", help="changes nothing: weights are always random, but noise's")
-    parser.add_argument("--layers", type=count, metavar="L", help="decoder layers (3; sweep: all of the model's)")
-    parser.add_argument("--sample", type=count, default=24, metavar="N",
+    parser.add_argument("--layers", type=parser.count, metavar="L", help="decoder layers (3; sweep: all)")
+    parser.add_argument("--sample", type=parser.count, default=24, metavar="N",
                         help="sweep: points of the slow sides' curves that are timed (24)")
-    parser.add_argument("--behind", type=count, default=29, metavar="N",
-                        help="sweep: tokens from where the question starts, from 13 on (29, the paper's median)")
+    parser.add_argument("--after", type=parser.count, default=29, metavar="N",
+                        help="sweep: tokens from the question on, 13 at least (29, the paper's median)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="sweep: its CSV (out/bench)")
-    parser.add_argument("--tokens", type=count, nargs="+", default=[620, 2200], metavar="T",
+    parser.add_argument("--tokens", type=parser.count, nargs="+", default=[620, 2200], metavar="T",
                         help="sequence lengths (620, as LLaVA-1.5; 2200, as AnyRes)")
-    parser.add_argument("--repeats", type=count, default=7, metavar="N", help="turns (7)")
+    parser.add_argument("--repeats", type=parser.count, default=7, metavar="N", help="turns (7)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.what in ("forward", "load") and not args.layers:
+        args.layers = 3
+    if args.after < 13:
+        raise ValueError(f"--after {args.after}: the question has 12 tokens, and the last position comes after it")
+    return args
+
+
+def run(args):
     box, theirs = machine(), find_spec("transformers") and metadata.version("transformers")
-    if args.what in ("forward", "load"):
-        args.layers = args.layers or 3
-        if not theirs:
-            raise ValueError("the baseline is missing: pip install transformers")
+    if args.what in ("forward", "load") and not theirs:
+        raise ValueError("the baseline is missing: pip install transformers")
     print(f"torch {versions()['torch']}, transformers {theirs}, {box['cores']} cores, {box['threads']} threads, "
           f"{box['gpus'] or 'no GPU'}")
-    if args.behind < 13:
-        raise ValueError(f"--behind {args.behind}: the question has 12 tokens, and the last position comes after it")
     {"forward": forward, "load": load, "tree": tree, "prune": drop, "noise": noise, "sweep": sweep}[args.what](args)
 
 
 if __name__ == "__main__":
-    cli(main)
+    main()

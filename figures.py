@@ -10,13 +10,13 @@ Needs   the whole of this repository
 Paper   https://arxiv.org/abs/2411.18620
 
 Figures that need the same pass over the questions share it. A pass is a run of knockout.py, lens.py or prune.py in a
-folder of its own, and goes on where it stopped when it is called again.
+folder of its own; called again, it resumes.
 
-What it writes, for each figure: figure_N.csv (the rows behind it), figure_N.png, figure_N.pdf (18 and 19 have another
-three, figure_N_lens); for tables table_N.csv, for table 1 also table_1/, the questions in the paper's columns, and for
-table 2 a picture; in runs/ the passes.
+Writes  figure_N.csv (the plotted rows), figure_N.png, figure_N.pdf; for 18 and 19 also figure_N_lens. table_N.csv; for
+        table 1 also the folder table_1/ with its questions, for table 2 also a picture. runs/: the passes.
 """
 import csv
+import functools
 import hashlib
 import math
 import re
@@ -24,23 +24,27 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import eval_gqa
 import knockout
 import lens
-import plots
 import prune
+from harness import experiment, hub, plots
+from harness.experiment import Shared
+from harness.questions import BUNDLED, SIX, NoRows, NoTask, beside
 from knockout import token_layers, window
+from llava_min import read_config, read_json
 
 
 @dataclass(frozen=True)
 class Figure:
-    about: str
+    title: str
     model: str                                     # the one that the paper shows
-    kind: str                                      # knockout, lens, jaccard or prune: what is run and how it is drawn
+    kind: str                                      # which pass it needs, see PASSES
     edges: tuple = ()
-    flags: tuple = ()                              # what the script gets besides
+    how: tuple = ()                                # (name, value) pairs of that instrument's settings
     windows: tuple = ()                            # a panel for each, instead of one for each task
     tasks: tuple = ()                              # () is all six
-    needs: str = ""                                # what questions must come with
+    needs: str = ""                                # what the questions must come with
 
 
 LAST = ("question->last", "image->last", "last->last")
@@ -61,11 +65,11 @@ FIGURES |= {
               tasks=("ChooseAttr",)),
     8: Figure("image -> question, several windows", BIG, "knockout", ("image->question",), windows=WINDOWS,
               tasks=("ChooseAttr",)),
-    9: Figure("figure 3 at the answer's last sub-word", BIG, "knockout", LAST, ("--subword", "last")),
-    10: Figure("figure 4 at the answer's last sub-word", BIG, "knockout", ("image->question",), ("--subword", "last")),
-    11: Figure("figure 5 at the answer's last sub-word", BIG, "knockout", PATCHES, ("--subword", "last"), needs=BOXES),
-    12: Figure("the question's words without a module", BIG, "jaccard", flags=("--modules",)),
-    13: Figure("the question's words without a module", MODELS[20], "jaccard", flags=("--modules",)),
+    9: Figure("figure 3 at the answer's last sub-word", BIG, "knockout", LAST, (("subword", "last"),)),
+    10: Figure("figure 4 at the answer's last sub-word", BIG, "knockout", ("image->question",), (("subword", "last"),)),
+    11: Figure("figure 5 at the answer's last sub-word", BIG, "knockout", PATCHES, (("subword", "last"),), needs=BOXES),
+    12: Figure("the question's words without a module", BIG, "jaccard", how=(("modules", True),)),
+    13: Figure("the question's words without a module", MODELS[20], "jaccard", how=(("modules", True),)),
     14: Figure("no image tokens in the last layers: accuracy, time", "llava-v1.6-vicuna-13b", "prune", needs="answers"),
     15: Figure("norms of the patches' features", BIG, "norms"),
     16: Figure("figure 5 without patches of a large norm", BIG, "knockout", PATCHES, needs=BOXES),
@@ -84,73 +88,96 @@ FIGURES |= {
     37: Figure("the question's words without image -> question", BIG, "jaccard", ("image->question",),
                tasks=("ChooseAttr",))}
 FIGURES = dict(sorted(FIGURES.items()))
-OF_TEXT, OF_OTHER_DATA = (17,), (18, 19)           # for text-only models; for --data of that dataset
+OF_TEXT, OF_OTHER_DATA = (17,), (18, 19)           # figures of text-only models, and of questions of other datasets
 TABLES = {"table1": "questions of the six tasks answered right", "table2": "accuracy in GQA's fifteen groups"}
 
 
 def pictures(numbers):
-    """Figure numbers -> {what the files are called: Figure}."""
-    found = {}
+    """Figure numbers -> {name of the figure's files: Figure}."""
+    named = {}
     for n in numbers:
-        found[f"figure_{n}"] = FIGURES[n]
+        named[f"figure_{n}"] = FIGURES[n]
         if n in OF_OTHER_DATA:
-            found[f"figure_{n}_lens"] = FIGURES[6]
-    return found
+            named[f"figure_{n}_lens"] = FIGURES[6]
+    return named
 
 
-def norms(argv, load):
-    """One pass of figure 15: the norm of every patch's feature, a row each."""
-    import llava_min
-    from eval_gqa import add_data_flags, open_run, prepare, run_all
-    from runs import Parser
-    parser = Parser(norms.__doc__)
-    llava_min.add_model_flags(parser)
-    add_data_flags(parser)
-    parser.add_argument("--out")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+# ---------------------------------------------------------------------------------------------------- passes
 
-    def measure(model, q, args, strict):
-        p = q.prompt(model)
-        return [[q.id, q.image.name, q.task, patch, value] for patch, value in enumerate(model.patch_norms(p).tolist())
-                if not math.isnan(value)], {}                       # a newline has no feature
-    files, questions, bad = prepare(args)
-    run = open_run(args, files, questions, "norms.csv", ("question_id", "image", "task", "patch", "norm"))
-    run_all(run, args, files, questions, bad, measure, load)
+def knockout_pass(shared, edges, load, window=None, **how):
+    k = window or experiment.Parser.window(shared.model.name)
+    knockout.run(knockout.Settings(shared, tuple(tuple(edge.split("->")) for edge in edges), k, **how), load)
 
 
-SCRIPTS = {"knockout": (knockout.main, "knockout.csv", plots.knockout), "lens": (lens.main, "lens.csv", plots.lens),
-           "jaccard": (lens.main, "jaccard.csv", plots.jaccard), "prune": (prune.main, "prune.csv", plots.prune),
-           "norms": (norms, "norms.csv", plots.norms)}
+def lens_pass(shared, edges, load, window=None, **how):
+    k = window or experiment.Parser.window(shared.model.name)
+    lens.run(lens.Settings(shared, edges=tuple(tuple(edge.split("->")) for edge in edges), window=k, **how), load)
+
+
+def prune_pass(shared, edges, load):
+    prune.run(prune.Settings(shared), load)
+
+
+def norms_pass(shared, edges, load):
+    """Figure 15: the norm of every patch's feature, a row each."""
+    study = experiment.Study(shared, load)
+    study.open("norms.csv", ("question_id", "image", "task", "patch", "norm"))
+    for q in study.todo():
+        with study.skipping_bad():
+            norms = study.model.patch_norms(q.prompt(study.model)).tolist()
+            study.write(q, [[q.id, q.image.name, q.task, patch, value] for patch, value in enumerate(norms)
+                            if not math.isnan(value)])              # a newline has no feature
+    study.finish()
+
+
+def accuracy_pass(shared, collect, load, limit):
+    """Run eval_gqa.py for tables 1 and 2. It counts wrong answers, too. Its default data are all bundled questions."""
+    near = beside(shared.data.data[0])
+    shared = replace(shared, data=replace(shared.data, all=True, limit=limit))
+    eval_gqa.run(eval_gqa.Settings(shared, near["scene_graphs"], near["regions"], collect), load)
+
+
+# kind -> (what is run, the CSV that it writes, how that is drawn)
+PASSES = {"knockout": (knockout_pass, "knockout.csv", plots.knockout), "lens": (lens_pass, "lens.csv", plots.lens),
+          "jaccard": (lens_pass, "jaccard.csv", plots.jaccard), "prune": (prune_pass, "prune.csv", plots.prune),
+          "norms": (norms_pass, "norms.csv", plots.norms)}
 
 
 def passes(figure):
-    """The passes over the questions that a figure needs: list of (kind, flags), its edges left out."""
-    flags = (*figure.flags, *(("--tasks", *figure.tasks) if figure.tasks else ()))
-    return [(figure.kind, (*flags, "--window", str(k)) if k else flags) for k in figure.windows or (None,)]
+    """The passes over the questions that a figure needs: list of (kind, settings as pairs), without edges: figures that
+    have the same pass run theirs together."""
+    how = (*figure.how, *((("tasks", figure.tasks),) if figure.tasks else ()))
+    return [(figure.kind, (*how, ("window", k)) if k else how) for k in figure.windows or (None,)]
 
 
 def plan(figures):
     """Figures -> {pass: edges of all figures that share it}, in order."""
-    found = defaultdict(dict)
+    edges_of = defaultdict(dict)
     for figure in figures:
-        for one in passes(figure):
-            found[one] |= dict.fromkeys(figure.edges)
-    return {one: tuple(edges) for one, edges in found.items()}
+        for a_pass in passes(figure):
+            edges_of[a_pass] |= dict.fromkeys(figure.edges)
+    return {a_pass: tuple(edges) for a_pass, edges in edges_of.items()}
 
 
-def folder(one, edges):
-    """A pass's folder under runs/: another for each set of edges, so that no call is refused for a former one's."""
-    kind, flags = one
-    name = re.sub("[^A-Za-z0-9]+", "-", " ".join((kind, *flags))).strip("-")
+def spelt(pair):
+    """("window", 9) -> "window 9", and so on."""
+    name, value = pair
+    values = () if value is True else value if isinstance(value, tuple) else (value,)
+    return " ".join((name, *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)))
+
+
+def folder(a_pass, edges):
+    """A pass's folder under runs/: one for each set of edges, so that a run with other edges is not refused."""
+    kind, how = a_pass
+    name = re.sub("[^A-Za-z0-9]+", "-", " ".join((kind, *map(spelt, how)))).strip("-")
     return f"{name}-{hashlib.sha256(' '.join(edges).encode()).hexdigest()[:8]}" if edges else name
 
 
 def rows_of(figure, runs):
     """A figure's rows out of the CSVs of its passes -> (header, rows)."""
     head, rows = None, []
-    for one in passes(figure):
-        with open(runs[one] / SCRIPTS[figure.kind][1], newline="", encoding="utf-8") as f:
+    for a_pass in passes(figure):
+        with open(runs[a_pass] / PASSES[figure.kind][1], newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
             head = head or reader.fieldnames
             rows += [row for row in reader if row.get("edge", row.get("intervention")) in (figure.edges or (
@@ -165,8 +192,8 @@ def cost(figure):
     first = {"last": T - 1, **dict.fromkeys(("question", *PARTS), T - 29)}
     targets = [((), (first[edge.split("->")[1]],)) for edge in figure.edges]
     total = 0
-    for _, flags in passes(figure):
-        k = int(flags[flags.index("--window") + 1]) if "--window" in flags else 9
+    for _, how in passes(figure):
+        k = dict(how).get("window", 9)
         if figure.kind in ("lens", "knockout") or figure.edges:
             total += token_layers(T, L, targets, k)
         elif figure.kind == "jaccard":
@@ -180,102 +207,69 @@ def cost(figure):
 def threshold(file):
     """The norm above which figure 16 leaves patches out, from figure 15's rows.
 
-    The paper's 57 belongs to CLIP ViT-L/14-336, where 3.3 of 576 patches exceed it. More than one in twenty above it
-    means another tower: then it is the norm that 3.3 of 576 exceed there.
+    The paper's 57 is for CLIP ViT-L/14-336, where 3.3 of 576 patches exceed it. If more than one patch in twenty does,
+    it is another tower; then the threshold is the norm that 3.3 of 576 exceed there.
     """
-    found = sorted(float(row["norm"]) for row in plots.read(file, ("norm",)))
-    few = sum(norm > 57 for norm in found) <= len(found) / 20
-    return 57.0 if few else found[round(len(found) * (1 - 3.3 / 576)) - 1]
+    norms = sorted(float(row["norm"]) for row in plots.read(file, ("norm",)))
+    few = sum(norm > 57 for norm in norms) <= len(norms) / 20
+    return 57.0 if few else norms[round(len(norms) * (1 - 3.3 / 576)) - 1]
 
 
-def whole_gqa(args):
-    """Are the questions those of one file of GQA's, all of its tasks? The bundled ones are."""
-    from llava_min import read_json
-    if args.tasks or args.image or args.question or args.data and (
-            len(args.data) > 1 or Path(args.data[0]).suffix != ".json"):
-        return False
-    raw = read_json(Path(args.data[0]), (dict, list)) if args.data else {}
-    return isinstance(raw, dict) and "questions" not in raw
+# ---------------------------------------------------------------------------------------------------- command line
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags of a call say; --help explains each."""
+    shared: Shared
+    figures: tuple = ()                            # as asked for: numbers, tables, "all"
+    list: bool = False
+    max_norm: float | None = None
+    limit: int | None = None                       # as asked for: without --data, `shared` has 20 instead of None
 
 
-def accuracy(argv, load):
-    """The pass of tables 1 and 2: eval_gqa.py, with its name for --data, and which counts all questions anyway."""
-    import eval_gqa
-    eval_gqa.main(["--questions" if arg == "--data" else arg for arg in argv if arg != "--all"], load)
+def main(argv=None):
+    with experiment.one_line_errors():
+        run(parse(experiment.Parser(__doc__), argv))
 
 
-def of_one_model():
-    """The figures' numbers, without those that are an earlier figure on another model: 13, 20 to 31."""
-    return sorted({replace(figure, model=""): n for n, figure in reversed(FIGURES.items())}.values())
-
-
-def choose(args):
-    """What was asked for -> (figure numbers, names of tables). ValueError: the questions are not of its kind."""
-    from llava_min import resolve, sees
-    if "all" in args.figures:
-        seen = sees(resolve(args.model, args.revision, args.vision_tower))
-        return ([n for n in of_one_model() if (n not in OF_TEXT) == seen and n not in OF_OTHER_DATA
-                 and set(FIGURES[n].tasks) <= set(args.tasks or FIGURES[n].tasks)],
-                list(TABLES) if seen and whole_gqa(args) else [])
-    numbers = sorted({int(n) for n in args.figures if n not in TABLES})
-    tables = [t for t in TABLES if t in args.figures]
-    left = [n for n in numbers if args.tasks and not set(FIGURES[n].tasks) <= set(args.tasks)]
-    if left:
-        raise ValueError(f"figure {left[0]} is of {', '.join(FIGURES[left[0]].tasks)}, which --tasks leaves out")
-    other = next((n for n in numbers if n in OF_OTHER_DATA and not args.data), None)
-    if other:
-        raise ValueError(f"figure {other} is of {FIGURES[other].needs}: give its questions with --data, and --images")
-    if tables and not whole_gqa(args):
-        raise ValueError(f"{tables[0]} is of one JSON file of GQA's, all of it: give it with --data, without --tasks")
-    return numbers, tables
-
-
-def main():
-    from eval_gqa import NoRows, NoTask
-    args = parse()
-    if args.list:
+def run(s):
+    """Run the passes that the figures need, each figure drawn as soon as its own are complete; then the tables."""
+    if s.list:
         return show_list()
-    numbers, tables = choose(args)
-    out, models, chosen, runs, drawn, empty = Path(args.out), {}, pictures(numbers), {}, set(), []
+    numbers, tables = choose(s)
+    out, chosen, runs, drawn, empty = Path(s.shared.out), pictures(numbers), {}, set(), []
+    load = functools.cache(experiment.load_model)                   # one model for all passes
 
-    def load(files, args):
-        from llava_min import load_files
-        if not models:
-            models["one"] = load_files(files, args)
-        return models["one"]
-
-    def run(script, argv, to):
-        """One pass into a folder. A figure's own task stands above those of the command line."""
-        own = "--tasks" in argv
-        asked = () if own or not args.tasks else ("--tasks", *args.tasks)
+    def do(one_pass, what, to, tasks=None, **how):
+        """One pass into a folder. what: its edges (for tables, --collect). A figure's own tasks replace --tasks."""
+        data = replace(s.shared.data, tasks=tasks or s.shared.data.tasks)
         try:
-            script([*argv, *args.passed_on, *asked, "--out", str(to)], load)
+            one_pass(replace(s.shared, data=data, out=str(to)), what, load, **how)
         except SystemExit as stop:                                  # a shard, and not the last one to finish
             if stop.code:
                 raise
         except NoRows as e:                                         # the other figures need not wait for this one
-            if isinstance(e, NoTask) and not own:
+            if isinstance(e, NoTask) and not tasks:
                 raise
             empty.append(e)
             print(f"{to}: {e}")
     if "figure_16" in chosen:
-        most, file = args.max_norm, out / "runs" / "norms" / "norms.csv"
+        most, file = s.max_norm, out / "runs" / "norms" / "norms.csv"
         if most is None:
-            run(norms, [], file.parent)
-            most = threshold(file) if file.exists() else None
+            do(norms_pass, (), file.parent)
+            most = float(f"{threshold(file):g}") if file.exists() else None     # what is printed, to the digit
         if most is None:
             print("figure 16 needs the norms of all shards: ask for it again when they are there")
             del chosen["figure_16"]
         else:
             print(f"figure 16 leaves out patches of a norm above {most:g}")
-            chosen["figure_16"] = replace(chosen["figure_16"], flags=("--max-norm", f"{most:g}"))
+            chosen["figure_16"] = replace(chosen["figure_16"], how=(("max_norm", most),))
     todo = plan(chosen.values())
-    for i, (one, edges) in enumerate(todo.items(), 1):
-        kind, flags = one
-        script, flags = SCRIPTS[kind][0], [*flags, *(("--edge", *edges) if edges else ())]
-        runs[one] = out / "runs" / folder(one, edges)
-        print(f"pass {i} of {len(todo)}: {script.__module__}.py {' '.join(flags)}")
-        run(script, flags, runs[one])
+    for i, (a_pass, edges) in enumerate(todo.items(), 1):
+        kind, how = a_pass
+        runs[a_pass] = out / "runs" / folder(a_pass, edges)
+        print(f"pass {i} of {len(todo)}: {', '.join((kind, *map(spelt, how), *edges))}")
+        do(PASSES[kind][0], edges, runs[a_pass], **dict(how))
         for name, figure in chosen.items():
             if name not in drawn and all(other in runs for other in passes(figure)):
                 drawn.add(name)
@@ -283,14 +277,50 @@ def main():
     if empty and not tables and not any((out / f"{name}.csv").exists() for name in chosen):
         raise empty[0]
     if tables:
-        run(accuracy, ("--collect", str(out / "table_1")) if "table1" in tables else (), out / "runs" / "eval_gqa")
-        show_tables(tables, out / "runs" / "eval_gqa", out)
+        collect, folder_of = str(out / "table_1") if "table1" in tables else None, out / "runs" / "eval_gqa"
+        do(accuracy_pass, collect, folder_of, limit=s.limit)
+        show_tables(tables, folder_of, out)
+
+
+def of_one_model():
+    """The figures' numbers, without those that are an earlier figure on another model: 13, 20 to 31."""
+    return sorted({replace(figure, model=""): n for n, figure in reversed(FIGURES.items())}.values())
+
+
+def choose(s):
+    """What was asked for -> (figure numbers, names of tables). ValueError: the questions are not of its kind."""
+    tasks = s.shared.data.tasks
+    if "all" in s.figures:
+        m = s.shared.model
+        vision = bool(read_config(hub.resolve(m.name, m.revision, m.vision_tower).files).vision)
+        return ([n for n in of_one_model() if (n not in OF_TEXT) == vision and n not in OF_OTHER_DATA
+                 and set(FIGURES[n].tasks) <= set(tasks or FIGURES[n].tasks)],
+                list(TABLES) if vision and whole_gqa(s.shared.data) else [])
+    numbers = sorted({int(n) for n in s.figures if n not in TABLES})
+    tables = [t for t in TABLES if t in s.figures]
+    excluded = [n for n in numbers if tasks and not set(FIGURES[n].tasks) <= set(tasks)]
+    if excluded:
+        raise ValueError(f"figure {excluded[0]} needs {', '.join(FIGURES[excluded[0]].tasks)}; --tasks leaves that out")
+    other = next((n for n in numbers if n in OF_OTHER_DATA and s.shared.data.data == (str(BUNDLED),)), None)
+    if other:
+        raise ValueError(f"figure {other} needs {FIGURES[other].needs}: give its questions with --data, and --images")
+    if tables and not whole_gqa(s.shared.data):
+        raise ValueError(f"{tables[0]} needs one whole JSON file of GQA's: give it with --data, without --tasks")
+    return numbers, tables
+
+
+def whole_gqa(d):
+    """Are the questions those of one file of GQA's, all of its tasks? The bundled ones are."""
+    if d.tasks or len(d.data) != 1 or Path(d.data[0]).suffix != ".json":
+        return False
+    raw = read_json(d.data[0], (dict, list))
+    return isinstance(raw, dict) and "questions" not in raw
 
 
 def show_figure(name, figure, runs, out):
     """A figure's three files from its passes, if these are complete."""
-    if any(not (runs[one] / SCRIPTS[one[0]][1]).exists() for one in passes(figure)):
-        return print(f"{name}: a pass of it is not complete (of shards, the last to finish draws it)")
+    if any(not (runs[a_pass] / PASSES[a_pass[0]][1]).exists() for a_pass in passes(figure)):
+        return print(f"{name}: not drawn, a pass is incomplete (with shards, the last one to finish draws it)")
     head, rows = rows_of(figure, runs)
     if not rows:
         return print(f"{name}: no question has its groups")
@@ -299,8 +329,8 @@ def show_figure(name, figure, runs, out):
         writer = csv.DictWriter(f, head, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    draw(SCRIPTS[figure.kind][2], file)
-    print(f"{name}, {figure.about}: {file}, .png, .pdf")
+    draw(PASSES[figure.kind][2], file)
+    print(f"{name}, {figure.title}: {file}, .png, .pdf")
 
 
 def show_tables(tables, evaluated, out):
@@ -323,7 +353,6 @@ def draw(picture, file):
 
 def write_table_1(out, answers):
     """Table 1 from the rows of eval_gqa.py and the files it collected -> table_1.csv, its path."""
-    from eval_gqa import SIX
     asked, file = plots.read(answers, ("task", "correct")), out / "table_1.csv"
     with open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
@@ -340,46 +369,29 @@ def show_list():
     print(f"{'figure':8}{'shows':53}{'questions with':27}{'the paper shows':23}{'clean forwards a question'}")
     for number, figure in FIGURES.items():
         forwards = sum(map(cost, pictures([number]).values()))
-        print(f"{number:<8}{figure.about:53}{figure.needs:27}{figure.model:23}{forwards:.1f}")
-    for name, about in TABLES.items():
-        print(f"{name:8}{about:53}{'GQA' + ', boxes' * (name == 'table1'):27}{BIG:23}less than 1")
+        print(f"{number:<8}{figure.title:53}{figure.needs:27}{figure.model:23}{forwards:.1f}")
+    for name, title in TABLES.items():
+        print(f"{name:8}{title:53}{'GQA' + ', boxes' * (name == 'table1'):27}{BIG:23}less than 1")
     together = Figure("", BIG, "knockout", (*LAST, "image->question", *PATCHES))
     print(f"Figures of the same pass share its clean forward: 3, 4 and 5 together cost {cost(together):.1f}. Tables "
-          "ask all questions about a picture behind one pass over it.")
+          "ask all questions about a photo after one pass over it.")
 
 
-def parse():
-    """The command line -> args, with args.passed_on: the flags that every pass gets, but for --tasks."""
-    from eval_gqa import add_data_flags
-    from llava_min import add_model_flags
-    from runs import Parser
-    parser = Parser(__doc__)
+def parse(parser, argv=None):
+    """The command line -> Settings."""
     parser.add_argument("figures", nargs="*", metavar="N", help="figure numbers, table1, table2, or all")
     parser.add_argument("--list", action="store_true", help="show what there is and stop")
     parser.add_argument("--max-norm", type=float, metavar="X",
-                        help="figure 16: patches of a larger norm are left out (57; of another tower 0.6 %% of them)")
-    add_model_flags(parser)
-    add_data_flags(parser)
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default="out/figures", metavar="DIR", help="folder of the results (out/figures)")
-    group.add_argument("--seed", type=int, default=0, metavar="N")
-    args = parser.parse_args()
+                        help="figure 16: leave out patches of a larger norm (default: 57; for a tower other than CLIP "
+                             "ViT-L, the norm that 0.6 %% of patches exceed)")
+    parser.add_shared_flags("out/figures")
+    args = parser.parse_args(argv)
     odd = [n for n in args.figures if n not in ("all", *TABLES) and not (n.isdecimal() and int(n) in FIGURES)]
     if odd or not (args.figures or args.list):
-        raise ValueError(f"{'figure ' + odd[0] if odd else 'which figure?'}: there are {', '.join(map(str, FIGURES))}, "
-                         f"{', '.join(TABLES)}, and all")
-    passed_on = []
-    for name, value in vars(args).items():
-        if name == "shard":
-            passed_on += ["--shard", "{}/{}".format(*value)] if value else []
-        elif name not in ("figures", "list", "max_norm", "out", "tasks") and value != parser.get_default(name):
-            flag, values = "--" + name.replace("_", "-"), value if isinstance(value, list) else [value]
-            for group in [values] if name == "data" else [[v] for v in values]:
-                passed_on += [flag, *(str(v) for v in group if v is not True)]
-    args.passed_on = passed_on
-    return args
+        raise ValueError(f"{'no figure ' + odd[0] if odd else 'which figure?'}: choose from "
+                         f"{', '.join(map(str, FIGURES))}, {', '.join(TABLES)} and all")
+    return Settings(parser.shared(args), tuple(args.figures), args.list, args.max_norm, args.limit)
 
 
 if __name__ == "__main__":
-    from runs import cli
-    cli(main)
+    main()

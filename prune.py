@@ -4,90 +4,80 @@ prune.py - do the upper layers still need the image? Drop its tokens there; coun
 Run     python prune.py                                      the bundled model without the image in its last X layers
         python prune.py --model llava-v1.6-vicuna-13b --data *_ChooseAttr.csv --images photos --last 0 10 20 30
         python prune.py --keep random:16                     all of the image but 16 tokens, drawn by --seed
-        python prune.py --suggest out/knockout/knockout.csv  from the layer on from which that run says it is not needed
-Needs   torch, and knockout.py beside it, for the functions; the rest of the repository for the command line.
+        python prune.py --suggest out/knockout/knockout.csv  choose X by the curves of that run
+Needs   torch, fork.py and knockout.py for the functions; the rest of the repository for the command line.
 Paper   https://arxiv.org/abs/2411.18620, figure 14 (its code was never released)
 
-    At layer L - X of the prefill the image's rows leave the residual stream. The layers from there on hold no keys of
-    them, in the cache neither, and decoding goes on with that cache. Positions stay: what is left is turned by the same
-    angles as before. So it equals cutting every later token off from the image in these layers.
+    At layer L - X of the prefill the image tokens leave the residual stream. The layers from there on, and their part
+    of the cache, never hold them, and decoding continues with that cache. The other tokens keep their positions: they
+    are rotated by the same angles as before. So the result equals cutting every later token off from the image there.
 
-Shapes  T tokens  L layers  X layers without the image  H heads  D head size  C width
+    T = 6 tokens, the image at 1 and 2, L = 4 layers, X = 2:      layers 2, 3    0 . . 3 4 5      4 tokens each
+                                                                  layers 0, 1    0 1 2 3 4 5      6 tokens each
 
-What it writes: prune.csv (a row per question and X), prune.png, run.json.
+Shapes  T tokens  L layers  X layers without the image  H heads  K key heads  D head size  C width
+
+Writes  prune.csv (a row per question and X), prune.png, run.json.
 """
-import math
+import argparse
+import random
 import time
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import mean, median
 
 import torch
 
-from knockout import unembed
+from fork import unembed
+from knockout import window
 
 
 @torch.inference_mode()
-def prefill(decoder, x, image, first, keep=()):
-    """The decoder's own loop with one difference: from layer `first` on the rows `image` are gone.
+def prefill(decoder, x, positions, image, first, stay=()):
+    """The decoder's own loop with one difference: from layer `first` on the tokens at `image` are gone.
 
-    x (1, T, C), image: positions -> the last residual stream (1, rows left, C); caches, [k, v] (1, H, rows, D) of the
-    rows that each layer saw; the image positions that stayed. keep: those of them that stay, or how many: then those
-    that the last position attended to most in the layer below (as FastV does). ValueError: there is no layer below.
+    x (1, T, C) embeddings at positions (T,), for rope; image: indices into T. stay: the tokens of `image` to leave in,
+    or a number n: the n that the last token attends to most in the layer below, as in FastV.
+    -> the residual stream after the last layer (1, tokens left, C); each layer's [keys, values], (1, K, its tokens, D);
+    the tokens of `image` that stayed. ValueError: stay is a number, but there is no layer below.
     """
     T, caches, below = x.shape[1], [[] for _ in decoder.layers], None
-    cos, sin = decoder.rope(torch.arange(T, device=x.device))
+    cos, sin = decoder.rope(positions)
     for i, layer in enumerate(decoder.layers):
         if i == first:
-            if isinstance(keep, int):
-                keep = most_attended(decoder.layers[i - 1], below, cos[-1:], sin[-1:], caches[i - 1], image, keep)
-            gone = set(image).difference(keep)
-            rows = torch.tensor([j for j in range(T) if j not in gone], device=x.device)
-            x, cos, sin = x[:, rows], cos[rows], sin[rows]
-        below = x[:, -1:]
-        x = layer(x, cos, sin, None, caches[i])                     # what is left is in order: plain causal
-    return x, caches, sorted(set(image).intersection(keep)) if first < len(decoder.layers) else list(image)
+            if isinstance(stay, int):
+                stay = most_attended(decoder.layers[i - 1], below, cos[-1:], sin[-1:], caches[i - 1], image, stay)
+            gone = set(image).difference(stay)
+            left = torch.tensor([t for t in range(T) if t not in gone], device=x.device)
+            x, cos, sin = x[:, left], cos[left], sin[left]          # each token keeps its own rotation
+        below = x[:, -1:]                                           # the last token, as it enters this layer
+        x = layer(x, cos, sin, None, caches[i])                     # the order is kept, so plain causal will do
+    return x, caches, sorted(set(image).intersection(stay)) if first < len(decoder.layers) else list(image)
 
 
 def most_attended(layer, last, cos, sin, cache, image, n):
-    """The n positions of `image` that the last position, which enters `layer` as `last` (1, 1, C), attends to most."""
+    """The n tokens of `image` that the last token, entering `layer` as (1, 1, C), attends to most; mean over heads."""
     if not cache:
         raise ValueError("there is no attention below the first layer to choose by")
-    q = layer.self_attn.qkv(layer.input_layernorm(last), cos, sin)[0]               # (1, H, 1, D)
-    k = cache[0].repeat_interleave(q.shape[1] // cache[0].shape[1], 1)              # (1, H, T, D)
-    paid = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).float().softmax(-1).mean(1)[0, 0]       # (T,)
+    q = layer.qkv(last, cos, sin)[0]                                # (1, H, 1, D); the keys are in the cache
+    paid = layer.weights(q, cache[0], None).float().mean(1)[0, 0]   # (T,)
     return [image[i] for i in paid[image].topk(min(n, len(image))).indices.tolist()]
 
 
-@torch.inference_mode()
-def decode(model, x, caches, position, max_new_tokens=16):
-    """Greedy decoding after `prefill` -> token ids, without the end token. position: of the first new token, T whatever
-    was dropped. FloatingPointError: the logits are not numbers."""
-    d, ids = model.decoder, []
-    logits = unembed(d, x[0, -1])
-    while len(ids) < max_new_tokens:
-        best = logits.argmax().item()
-        if not logits[best].isfinite():
-            raise FloatingPointError("non-finite logits: the dtype overflows here; use --dtype bfloat16 or float32")
-        if best in model.stop:
-            break
-        ids.append(best)
-        h = d.embed_tokens(torch.tensor([[best]], device=x.device))
-        cos, sin = d.rope(torch.tensor([position], device=x.device))
-        for layer, cache in zip(d.layers, caches, strict=True):
-            h = layer(h, cos, sin, None, cache)                     # one new row sees all that its layer holds
-        logits, position = unembed(d, h[0, -1]), position + 1
-    return ids
-
-
 def layer_flops(c, start, end):
-    """Floating point operations that take rows start .. end - 1 through a layer, multiply and add counted as two.
-    Attention is counted as causal: what the mask hides costs nothing."""
-    size = c.width // c.heads
-    weights = 2 * (2 * c.width * size * (c.heads + c.kv_heads) + 3 * c.width * c.hidden)            # for one row
+    """Floating point operations that take the tokens start .. end - 1 of a prompt through a layer.
+
+    A multiplication and an addition count as two. Attention counts as causal: what the mask hides costs nothing.
+    """
+    # One token: q and o have `heads` heads, k and v have `kv_heads`; the MLP has three matrices.
+    weights = 2 * (2 * c.width * c.head_size * (c.heads + c.kv_heads) + 3 * c.width * c.hidden)
+    # Token t attends to t + 1 keys, with a product for the score and one for the value: 4 width (t + 1), summed over t.
     return (end - start) * (weights + 2 * c.width * (start + end + 1))
 
 
-def flops(c, rows):
-    """Those of a prefill. rows: how many each layer has. The last row is unembedded."""
-    return sum(layer_flops(c, 0, n) for n in rows) + 2 * c.width * c.vocab
+def flops(c, counts):
+    """Floating point operations of a prefill. counts: how many tokens go through each layer. One is unembedded."""
+    return sum(layer_flops(c, 0, n) for n in counts) + 2 * c.width * c.vocab
 
 
 def kv_bytes(caches):
@@ -96,8 +86,88 @@ def kv_bytes(caches):
 
 # ---------------------------------------------------------------------------------------------------- command line
 
+# More columns may be added later; read them by name.
 COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "removed_layers", "correct",
            "image_tokens", "seconds", "prefill_flops", "prefill_seconds", "decode_seconds", "kv_bytes", "keep")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags of a run say; --help explains each."""
+    shared: object                                 # harness.experiment.Shared: model, questions, folder, seed
+    last: tuple = ()                               # the X; () leaves the choice to the model's number of layers
+    keep: str = "none"
+    suggest: str | None = None
+    tolerance: float = 1.0
+    repeats: int = 3
+
+
+def main(argv=None):
+    from harness import experiment
+    with experiment.one_line_errors():
+        run(parse(experiment.Parser(__doc__), argv))
+
+
+def run(s, load=None):
+    """Ask every question with and without the image in the last X layers, write its rows; then draw."""
+    from harness import experiment, plots
+    study = experiment.Study(s.shared, load)
+    if not study.config.vision:
+        raise ValueError(f"--model {s.shared.model.name} is text-only: it has no image to drop")
+    removed = choose_removed(s, study.config.text.layers, plots.read)
+    study.open("prune.csv", COLUMNS, last=removed, keep=s.keep, repeats=s.repeats, seed=s.shared.seed)
+    warm = False
+    for question in study.todo():                                   # those without rows on disk: a run can be resumed
+        with study.skipping_bad():
+            prompt = question.prompt(study.model)
+            try:
+                stay = staying(question.groups(prompt), s, question.key)
+            except experiment.EmptyGroup as e:
+                study.lacks(question, f"--keep {s.keep}", e)
+                continue
+            timed = measure(study.model, prompt, removed, stay, s.repeats + (not warm))
+            warm = True                                             # the first question has a turn more, to warm up
+            rows, right = rows_of(study.model, question, prompt, timed, s)
+            # Right with the whole image, that is. Only --all shows questions that pruning repairs.
+            study.write(question, rows if study.counts(right) else (), right=right)
+    study.finish()
+    picture = study.csv.with_suffix(".png")
+    print_table(plots.prune(study.csv, picture))
+    print(f"wrote {study.csv}, {picture} and {study.info}")
+
+
+def choose_removed(s, L, read):
+    """The X that a run measures, 0 among them, as a sorted list. ValueError: more layers than the model has."""
+    removed = [suggest(s.suggest, L, s.tolerance, read)] if s.suggest else s.last
+    removed = sorted({0, *(removed or range(0, L, 5 if L > 20 else 1))})        # 0 is every question's baseline
+    if removed[-1] > L:
+        raise ValueError(f"--last {removed[-1]}: the model has {L} layers")
+    if s.keep.startswith("attended") and removed[-1] == L:
+        raise ValueError(f"--keep {s.keep} chooses by the attention in the layer below: --last takes up to {L - 1}")
+    return removed
+
+
+def staying(groups, s, key):
+    """--keep -> image tokens that stay, or how many. EmptyGroup: the question has no such patches."""
+    kind, _, n = s.keep.partition(":")
+    image = groups.positions("image")
+    if kind == "random":                                            # the same tokens whenever the question is asked
+        return random.Random(f"{s.shared.seed}/{key}").sample(image, min(int(n), len(image)))
+    return groups.positions("related_patches") if kind == "related" else int(n) if kind == "attended" else ()
+
+
+def measure(model, prompt, removed, stay, turns):
+    """Generate with the image dropped from the last X layers, for every X -> {X: a list of (answer, image tokens left,
+    bytes of the cache, seconds of prefill, seconds of decoding), one per turn}."""
+    x, image, d, timed = model.embed(prompt), list(prompt.image), model.decoder, {X: [] for X in removed}
+    for _ in range(turns):                                          # interleaved: clock drift affects every X alike
+        for X in removed:
+            a = clock(x.device)                                     # without the vision tower: the same for every X
+            h, caches, left = prefill(d, x, prompt.positions, image, len(d.layers) - X, stay if X else ())
+            b, size = clock(x.device), kv_bytes(caches)
+            ids, = model.decode(unembed(d, h[:, -1]), caches, len(prompt))
+            timed[X].append((model.words(ids), len(left), size, b - a, clock(x.device) - b))
+    return timed
 
 
 def clock(device):
@@ -107,112 +177,52 @@ def clock(device):
     return time.perf_counter()
 
 
-def kept(p, args, key):
-    """--keep -> positions that stay, or how many. EmptyGroup: the question has no such patches."""
-    kind, _, n = args.keep.partition(":")
-    if kind == "random":
-        import random
-        return random.Random(f"{args.seed}/{key}").sample(p.groups["image"], min(int(n), len(p.groups["image"])))
-    return p.positions("related_patches") if kind == "related" else int(n) if kind == "attended" else ()
+def rows_of(model, question, prompt, timed, s):
+    """What `measure` found -> (rows of prune.csv, was the answer with the whole image right)."""
+    T, n_image, L, rows = len(prompt), len(prompt.image), len(model.decoder.layers), []
+    for X, turns in timed.items():
+        answer, left, size = turns[0][:3]
+        prefilling, decoding = (median(column) for column in list(zip(*turns[-s.repeats:], strict=True))[3:])
+        counts = [T] * (L - X) + [T - n_image + left] * X
+        in_a_layer = sum(n - T + n_image for n in counts) / L       # image tokens, on average
+        rows.append([*question.first_columns(answer), X, int(question.right(answer)), in_a_layer, prefilling + decoding,
+                     flops(model.decoder.config, counts), prefilling, decoding, size, s.keep])
+    return rows, question.right(timed[0][0][0])
 
 
-def measure(model, q, args, strict):
-    """Question -> (rows of prune.csv, note for the run's summary). strict: a group that is empty is an error."""
-    from statistics import median
-
-    from llava_min import EmptyGroup
-    p = q.prompt(model)
-    image, d = p.positions("image"), model.decoder
-    x, T, L = model.embed(p), len(p), len(model.decoder.layers)
-    try:
-        keep = kept(p, args, q.key)
-    except EmptyGroup as e:
-        if strict:
-            raise
-        return [], {"right": False, "skipped": {f"--keep {args.keep}": str(e)}}
-    found = {X: [] for X in args.last}
-    for turn in range(args.repeats + args.warm):                    # all X in turns: what drifts, drifts for all
-        for X in args.last:
-            a = clock(x.device)
-            h, caches, left = prefill(d, x, image, L - X, keep if X else ())
-            b, size = clock(x.device), kv_bytes(caches)
-            ids = decode(model, h, caches, T)
-            if turn >= args.warm:
-                found[X].append((ids, left, size, b - a, clock(x.device) - b))
-    args.warm = 0                                                   # the first question has warmed up
-    rows, right = [], q.right(model.words(found[0][0][0]))
-    if not (right or args.all or strict):
-        return [], {"right": False}
-    for X, runs in found.items():
-        ids, left, size = runs[0][:3]
-        before, after = (median(column) for column in list(zip(*runs, strict=True))[3:])
-        counts = [T] * (L - X) + [T - len(image) + len(left)] * X
-        answer = model.words(ids)
-        rows.append([*q.about(answer), X, int(q.right(answer)),
-                     sum(n - T + len(image) for n in counts) / L, before + after, flops(d.config, counts), before,
-                     after, size, args.keep])
-    return rows, {"right": right}
-
-
-def main(argv=None, load=None):
-    """The command line. argv: the shell's if None. load: instead of llava_min.load_files."""
-    import llava_min
-    import plots
-    from eval_gqa import open_run, prepare, run_all
-    args = parse(argv)
-    files, questions, bad = prepare(args)
-    if not llava_min.sees(files):
-        raise ValueError(f"--model {args.model} is text-only: it has no image to drop")
-    L = llava_min.layers(files)
-    if args.suggest:
-        args.last = [suggest(args.suggest, L, args.tolerance)]
-    args.last = sorted({0, *(args.last or range(0, L, 5 if L > 20 else 1))})
-    if args.last[-1] > L:
-        raise ValueError(f"--last {args.last[-1]}: the model has {L} layers")
-    if args.keep.startswith("attended") and args.last[-1] == L:
-        raise ValueError(f"--keep {args.keep} chooses by the attention below the cut: --last takes up to {L - 1}")
-    run = open_run(args, files, questions, "prune.csv", COLUMNS, last=args.last, keep=args.keep, repeats=args.repeats,
-                   seed=args.seed)
-    run_all(run, args, files, questions, bad, measure, load)
-    picture = run.csv.with_suffix(".png")
+def print_table(drawn):
     head = ("task", "layers", "accuracy", "change", "95 % interval", "time", "FLOPs", "image tokens")
     lines = [(task, str(X), f"{100 * v['accuracy']:.1f} %", f"{100 * v['change']:+.1f}",
               f"{100 * v['low']:+.1f} to {100 * v['high']:+.1f}" if X else "",
               f"{v['time']:.2f}", f"{v['flops']:.2f}", f"{v['tokens']:.1f}")
-             for task, by_x in plots.prune(run.csv, picture).items() for X, v in by_x.items()]
+             for task, by_x in drawn.items() for X, v in by_x.items()]
     wide = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     for task, *line in (head, *lines):
         print("  ".join((f"{task:{wide[0]}}", *(f"{cell:>{w}}" for cell, w in zip(line, wide[1:], strict=True)))))
-    print("layers: how many, from the top, have no image; change: of accuracy, in points, against 0 of the same "
-          "questions; time (prefill and decoding) and prefill FLOPs: shares of those at 0; image tokens: mean over "
-          "layers")
-    print(f"wrote {run.csv}, {picture} and {run.info}")
+    print("layers: number of top layers without the image; change: percentage points of accuracy against 0 layers, on "
+          "the same questions; time (prefill and decoding), FLOPs (prefill): relative to 0 layers; image tokens: mean "
+          "over layers")
 
 
-def suggest(file, L, tolerance):
-    """A knockout.csv -> X: how many layers from the top no image edge matters in, by its curves.
+def suggest(file, L, tolerance, read):
+    """A knockout.csv -> X: the number of top layers in which its curves show no effect of an edge from the image.
 
-    A window matters where an edge from the image changes P(answer), on average over the questions of some task, by
-    more than `tolerance` percent. X counts the layers of the windows above the highest one that does. ValueError: the
-    file has no edge from the image, or is of another model.
+    A window matters if an edge from the image changes P(answer), on average over the questions of some task, by more
+    than `tolerance` percent. X counts the layers from the first layer of the window after the last one that matters.
+    ValueError: the file has no edge from the image, or is of another model.
     """
-    from collections import defaultdict
-    from statistics import mean
-
-    from knockout import window
-    from plots import read
-    found, k, edges = defaultdict(list), 1, set()
+    changes_at, k, edges = defaultdict(list), 1, set()
     for row in read(file, ("edge", "task", "layer", "change_percent", "window")):
         if row["edge"].split("->")[0] in ("image", "related_patches", "other_patches"):
-            found[row["edge"], row["task"], int(row["layer"])].append(float(row["change_percent"]))
+            changes_at[row["edge"], row["task"], int(row["layer"])].append(float(row["change_percent"]))
             k = int(row["window"])
             edges.add(row["edge"])
-    if not found:
+    if not changes_at:
         raise ValueError(f"--suggest {file}: no edge from the image in it; run knockout.py --edge \"image->question\"")
-    layers = 1 + max(layer for _, _, layer in found)
-    if layers != L:
-        raise ValueError(f"--suggest {file} is of a model with {layers} layers, this one has {L}")
-    matters = [layer for (_, _, layer), changes in found.items() if abs(mean(changes)) > tolerance]
+    n_layers = 1 + max(layer for _, _, layer in changes_at)         # a curve has a point for every layer
+    if n_layers != L:
+        raise ValueError(f"--suggest {file} is of a model with {n_layers} layers, this one has {L}")
+    matters = [layer for (_, _, layer), changes in changes_at.items() if abs(mean(changes)) > tolerance]
     free = 1 + max(matters, default=-1)                             # the first centre from which on none matters
     first = window(free, k, L).start if free < L else L
     print(f"{file}: from layer {first} on no window of {k} layers changes P(answer) by more than {tolerance:g} % on "
@@ -220,35 +230,27 @@ def suggest(file, L, tolerance):
     return L - first
 
 
-def parse(argv=None):
-    from eval_gqa import add_data_flags
-    from llava_min import add_model_flags
-    from runs import Parser, count
-    parser = Parser(__doc__)
+def parse(parser, argv=None):
+    """The command line -> Settings."""
     group = parser.add_argument_group("what to drop")
     group.add_argument("--last", type=whole, nargs="+", metavar="X",
-                       help="without the image in the last X layers (every fifth X; all X of a small model)")
+                       help="without the image in the last X layers (default: every fifth X; every X up to 20 layers)")
     group.add_argument("--keep", type=keeping, default="none", metavar="WHICH",
-                       help="image tokens that stay: none, related (patches), random:N, attended:N (none)")
+                       help="image tokens that stay: none, related, random:N or attended:N (default: none)")
     group.add_argument("--suggest", metavar="CSV", help="take X from a knockout.csv of this model")
     group.add_argument("--tolerance", type=float, default=1.0, metavar="PERCENT",
-                       help="--suggest: the change of P(answer) that does not matter (1)")
-    group.add_argument("--repeats", type=count, default=3, metavar="N", help="timings of each X; medians count (3)")
-    add_model_flags(parser)
-    add_data_flags(parser)
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default="out/prune", metavar="DIR", help="folder of the results (out/prune)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="for --keep random (0)")
+                       help="--suggest: the change of P(answer) that does not matter (default: 1)")
+    group.add_argument("--repeats", type=parser.count, default=3, metavar="N",
+                       help="timings of each X; medians count (default: 3)")
+    parser.add_shared_flags("out/prune")
     args = parser.parse_args(argv)
     if args.last and args.suggest:
-        raise ValueError("--last and --suggest exclude each other")
-    args.warm = 1
-    return args
+        raise ValueError("--last and --suggest cannot be combined")
+    return Settings(parser.shared(args), tuple(args.last or ()), args.keep, args.suggest, args.tolerance, args.repeats)
 
 
 def whole(text):
     """argparse type: a whole number from 0."""
-    import argparse
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
@@ -256,7 +258,6 @@ def whole(text):
 
 def keeping(text):
     """argparse type: what --keep takes."""
-    import argparse
     kind, _, n = text.partition(":")
     if text not in ("none", "related") and not (kind in ("random", "attended") and n.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: give none, related, random:N or attended:N")
@@ -264,5 +265,4 @@ def keeping(text):
 
 
 if __name__ == "__main__":
-    from runs import cli
-    cli(main)
+    main()

@@ -31,22 +31,22 @@ def model(checkpoint):
 
     @functools.cache
     def loaded(kind):
-        return llava_min.load(str(checkpoint(kind)), dtype="float32", device="cpu")
+        return llava_min.load(checkpoint(kind))
     return loaded
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(main, *argv) -> (exit code, stdout, stderr)."""
+    """call(main, *argv) -> (exit code, stdout, stderr), of a script's main in this process."""
     monkeypatch.delenv("LLAVA_FLOW_TRACEBACK", raising=False)
-
-    from runs import cli
+    from harness.experiment import one_line_errors
 
     def run(main, *argv):
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
         capsys.readouterr()
         try:
-            cli(main)
+            with one_line_errors():                                 # files that can be copied alone do it at their end
+                main()
             code = 0
         except SystemExit as stop:
             code = stop.code or 0

@@ -1,7 +1,7 @@
 """python -m pytest tests/test_bundled.py
 
 The bundled, trained models: that they are what their card says, and what cutting does to them. Every figure is measured
-here, from the weights and questions in tiny/.
+here, with tiny/score.py, from the weights and questions in tiny/.
 """
 import json
 import re
@@ -9,50 +9,55 @@ import re
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from PIL import Image
 
-import eval_gqa
 import knockout
 import llava_min
-import tiny
+from fork import clean_pass, probability
+from groups import parse_edge
+from harness import hub
+from harness.questions import BUNDLED, SIX, beside, read_gqa
+from tiny import score
+from tiny.world import make
 
-FOLDER = eval_gqa.BUNDLED.parents[1]
+pytestmark = pytest.mark.slow
+FOLDER = BUNDLED.parents[1]
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
 WANTED = {"llava-tiny": 0.95, "llava-tiny-anyres": 0.93}           # right answers, in each task
-FROM_THE_IMAGE = {(name, "ChooseCat") for name in WANTED}          # the card: its last position looks there itself
-ASKED = {"llava-tiny": 60, "llava-tiny-anyres": 25}                # of each task; AnyRes takes longer
+FROM_THE_IMAGE = {(name, "ChooseCat") for name in WANTED}          # the card: its last position attends to the image
+ASKED = {"llava-tiny": 45, "llava-tiny-anyres": 25}                # of each task; AnyRes takes longer
 
 
-@pytest.fixture(scope="module", params=llava_min.BUNDLED)
+@pytest.fixture(scope="module", params=hub.BUNDLED)
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def tiny_model(name):
-    return llava_min.load(name, device="cpu")
+    return hub.load(name, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def questions(name):
-    return eval_gqa.read_gqa(eval_gqa.BUNDLED, eval_gqa.BUNDLED.parent / "images", limit=ASKED[name],
-                             **eval_gqa.beside(eval_gqa.BUNDLED))
+    return read_gqa(BUNDLED, BUNDLED.parent / "images", limit=ASKED[name], **beside(BUNDLED))
 
 
 @pytest.fixture(scope="module")
 def measured(tiny_model, questions):
-    return tiny.score(tiny_model, questions)
+    return score.score(tiny_model, questions)
 
 
 @pytest.fixture(scope="module")
 def cuts(tiny_model, questions):
     """Accuracy with an edge cut in all layers: edge -> task -> share."""
-    found = tiny.cut_everywhere(tiny_model, questions, ("image->question", "last->last", "image->last"))
+    found = score.cut_everywhere(tiny_model, questions, ("image->question", "last->last", "image->last"))
     return {edge: {task: share for task, (_, share) in by_task.items()} for edge, by_task in found.items()}
 
 
 def test_all_six_tasks_are_answered_right(measured, name):
-    assert set(measured) == set(eval_gqa.TASKS.values())
+    assert set(measured) == set(SIX)
     for task, (n, right, _, _) in measured.items():
         assert n == ASKED[name] and right >= WANTED[name] - 1 / n, (task, right)    # a sample
 
@@ -83,14 +88,14 @@ def test_the_card_tells_what_a_fresh_measurement_tells(measured, name):
 
 
 def test_the_files_are_small_and_hold_no_surprise():
-    assert sum(f.stat().st_size for name in llava_min.BUNDLED for f in (FOLDER / name).iterdir()) <= 12e6
+    assert sum(f.stat().st_size for name in hub.BUNDLED for f in (FOLDER / name).iterdir()) <= 12e6
     assert sum(f.stat().st_size for f in (FOLDER / "val").rglob("*") if f.is_file()) <= 4e6
-    for name in llava_min.BUNDLED:
+    for name in hub.BUNDLED:
         assert {f.name for f in (FOLDER / name).iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
 
 
 def test_the_bundled_questions_are_what_make_writes(tmp_path):
-    tiny.make(tmp_path, 0, 0, 150)
+    make(tmp_path, 0, 0, 150)
     for file in sorted(tmp_path.glob("*.json")):
         assert file.read_bytes() == (FOLDER / "val" / file.name).read_bytes()
     for file in sorted(tmp_path.glob("images/*")):                  # another libjpeg may round otherwise
@@ -104,32 +109,48 @@ def test_around_its_first_layers_image_to_question_costs_the_answer_and_last_to_
         found = []
         for q in questions[::12]:
             p = q.prompt(model)
-            x = model.embed(p)
-            logits, _ = model.prefill(x)
+            x, groups = model.embed(p), q.groups(p)
+            logits = model.prefill(x, p.positions)[0][0]
             token = logits.argmax().item()
-            curve = knockout.sweep(model.decoder, *knockout.clean_pass(model.decoder, x),
-                                   [list(map(p.positions, llava_min.parse_edge(edge)))], token, 3)[0]
-            found.append([knockout.percent(knockout.probability(logits, token), after) for after in curve])
+            curve, = knockout.sweep(model.decoder, clean_pass(model.decoder, x, p.positions),
+                                    [list(map(groups.positions, parse_edge(edge)))], token, 3)
+            found.append([knockout.percent(probability(logits, token), after) for after in curve])
         lowest[edge] = np.mean(found, 0).min()
     assert lowest["image->question"] < -25 and lowest["last->last"] > -1, lowest
 
 
-def test_llava_min_answers_the_first_bundled_question_without_any_flag(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["llava_min.py"])
-    llava_min.main()
-    q = next(iter(json.loads(eval_gqa.BUNDLED.read_text()).values()))
-    shown, answer = capsys.readouterr().out.splitlines()
-    assert shown.endswith(q["question"]) and answer.lower() == q["answer"]
+def test_llava_min_answers_the_first_bundled_question_without_naming_a_model(call):
+    q = next(iter(json.loads(BUNDLED.read_text()).values()))
+    image = BUNDLED.parent / "images" / f"{q['imageId']}.jpg"
+    code, answer, err = call(llava_min.main, "--image", image, "--question", q["question"])
+    assert (code, answer.lower()) == (0, q["answer"] + "\n"), err
 
 
 def test_a_bundled_name_without_its_folder_says_where_it_lies(monkeypatch, tmp_path):
-    monkeypatch.setitem(llava_min.BUNDLED, "llava-tiny", tmp_path / "gone")
-    with pytest.raises(ValueError, match="llava-tiny lies in the llava-flow repository"):
-        llava_min.resolve("llava-tiny")
+    monkeypatch.setitem(hub.BUNDLED, "llava-tiny", tmp_path / "gone")
+    with pytest.raises(ValueError, match="llava-tiny is bundled with llava-flow"):
+        hub.resolve("llava-tiny")
 
 
 def test_auto_dtype_is_what_the_config_asks_for():
-    files = llava_min.resolve("llava-tiny")
-    assert llava_min.pick_dtype("auto", "cpu", files) == torch.float32
-    assert llava_min.pick_dtype("auto", "cuda", files) == torch.float32
-    assert llava_min.pick_dtype("bfloat16", "cpu", files) == torch.bfloat16
+    files = hub.resolve("llava-tiny").files
+    assert hub.pick_dtype("auto", "cpu", files) == torch.float32
+    assert hub.pick_dtype("auto", "cuda", files) == torch.float32
+    assert hub.pick_dtype("bfloat16", "cpu", files) == torch.bfloat16
+
+
+def test_score_prints_the_tables_of_the_card(call):
+    code, stdout, err = call(score.main, "--limit", 1, "--device", "cpu")
+    assert code == 0, err
+    accuracy, cuts, layers = (table.splitlines()[0] for table in stdout.strip().split("\n\n"))
+    assert f"\n{accuracy}\n" in CARD and f"\n{cuts}\n" in CARD
+    assert layers == "| after layer | lower case | capitalised |" and stdout.count("\n| 10 | ") == 1
+
+
+@pytest.mark.parametrize("argv, part", [(("--data", "gone.json"), "gone.json"),
+                                        (("--model", "nothing at all"), "nothing at all")])
+def test_bad_input_of_score_ends_in_one_line_and_exit_code_2(call, tmp_path, monkeypatch, argv, part):
+    monkeypatch.chdir(tmp_path)
+    result = call(score.main, *argv)
+    refused(result, part)
+    assert result[2].count("\n") == 1

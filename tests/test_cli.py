@@ -1,7 +1,7 @@
 """python -m pytest tests/test_cli.py
 
-The command lines: what they write, how a run goes on, and one line and exit code 2 for every kind of bad input. Most
-calls run main() in this process, through the same wrapper as the shell's; a few start a process.
+The command lines: what they write, and how their runs are resumed. Most calls run main() in this process; a few start
+a process.
 """
 import importlib
 import json
@@ -16,14 +16,17 @@ import torch
 import world
 from commands import HEADER, ROWS, read, refused
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_hook
 
-import eval_gqa
 import knockout
 import lens
 import llava_min
-import plots
 import vicuna
+from groups import NAMES
+from harness import hub
+from harness.experiment import Study
+from harness.questions import TASKS, read_csv
+from views import open_image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,23 +42,24 @@ def test_knockout_writes_a_row_per_question_edge_and_layer_equal_to_the_plain_cu
                              "float32", "--out", out)
     assert code == 0, err
     assert "3/3" in err and str(out / "knockout.csv") in stdout and str(out / "knockout.png") in stdout
+    assert err.startswith(f"model {checkpoint(kind)} ") and err.count("model ") == 1    # one line of what was resolved
     rows, m = read(out / "knockout.csv"), model(kind)
     L, edges = len(m.decoder.layers), ["image->question", "true_option->last", "last->last"]
     assert tuple(rows[0]) == knockout.COLUMNS
     assert [(r["question_id"], r["edge"], int(r["layer"])) for r in rows] == [
         (q, e, l) for q in ("01", "02", "03") for e in edges for l in range(L)]
-    for q in eval_gqa.read_csv(data[1], data[3]):
+    for q in read_csv(data[1], data[3]):
         p = q.prompt(m)
-        x = m.embed(p)
-        logits, caches = m.prefill(x)
-        token, answer = logits.argmax().item(), m.words(m.decode(logits, caches, 16))
+        g, x = q.groups(p), m.embed(p)
+        logits, caches = m.prefill(x, p.positions)
+        token, answer = logits.argmax().item(), m.words(m.decode(logits, caches, len(p))[0])
         for edge in edges:
             mine = [r for r in rows if r["question_id"] == q.id and r["edge"] == edge]
-            points = knockout.curve(m.decoder, x, *map(p.positions, edge.split("->")), token, 3)
+            points = knockout.curve(m.decoder, x, p.positions, *map(g.positions, edge.split("->")), token, 3)
             assert [float(r["p_knockout"]) for r in mine] == pytest.approx(points, rel=1e-5)
             for r in mine:
                 base, cut = float(r["p_base"]), float(r["p_knockout"])
-                assert base == pytest.approx(logits.softmax(-1)[token].item(), rel=1e-5)
+                assert base == pytest.approx(logits[0].softmax(-1)[token].item(), rel=1e-5)
                 assert float(r["change_percent"]) == (cut - base) / base * 100           # full precision
                 assert (r["prediction"], r["token"]) == (answer, m.tokenizer.id_to_token(token))
                 assert (r["image"], r["task"], r["window"]) == (q.image.name, "ChooseAttr", "3")
@@ -63,7 +67,8 @@ def test_knockout_writes_a_row_per_question_edge_and_layer_equal_to_the_plain_cu
     assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
-@pytest.mark.parametrize("flags", [(), ("--heads", "0,2"), ("--subword", "last")])
+@pytest.mark.parametrize("flags", [("--heads", "0,2"), pytest.param((), marks=pytest.mark.slow),
+                                   pytest.param(("--subword", "last"), marks=pytest.mark.slow)])
 def test_plain_gives_the_same_csv_as_the_sweep(call, data, checkpoint, tmp_path, flags):
     argv = ("--model", checkpoint("llava-1.6"), *data, "--all", "--window", 2, "--dtype", "float32", *flags)
     assert call(knockout.main, *argv, "--out", tmp_path / "fast")[0] == 0
@@ -88,28 +93,29 @@ def test_heads_change_what_is_cut_and_a_head_that_is_not_there_is_named(call, da
     refused(call(knockout.main, *argv, "--heads", "0,x", "--out", tmp_path / "no"), "--heads", "'0,x'")
 
 
-def test_subword_last_is_measured_behind_the_answers_other_tokens(call, data, checkpoint, model, tmp_path):
+def test_subword_last_is_measured_after_the_answers_other_tokens(call, data, checkpoint, model, tmp_path):
     argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->last", "--window", 2, "--dtype",
             "float32", "--subword", "last", "--out", tmp_path / "out")
     assert call(knockout.main, *argv)[0] == 0
     rows, m, longer = read(tmp_path / "out" / "knockout.csv"), model("llava-1.5"), 0
-    for q in eval_gqa.read_csv(data[1], data[3]):
+    for q in read_csv(data[1], data[3]):
         p = q.prompt(m)
-        ids = m.decode(*m.prefill(m.embed(p)), 16)
+        ids, = m.decode(*m.prefill(m.embed(p), p.positions), len(p))
         x = torch.cat((m.embed(p), m.decoder.embed_tokens(torch.tensor([ids[:-1]], dtype=torch.long))), 1)
+        T = x.shape[1]
         mine = [r for r in rows if r["question_id"] == q.id]
-        points = knockout.curve(m.decoder, x, p.positions("image"), [x.shape[1] - 1], ids[-1], 2)
+        points = knockout.curve(m.decoder, x, torch.arange(T), list(p.image), [T - 1], ids[-1], 2)
         assert [float(r["p_knockout"]) for r in mine] == pytest.approx(points, rel=1e-5)
         assert {r["token"] for r in mine} == {m.tokenizer.id_to_token(ids[-1])}
         longer += len(ids) > 1
     assert longer                                                   # answers of several tokens were among them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main, name, flags", [
     (knockout.main, "knockout", ("--edge", "image->question", "true_option->last", "--window", 2)),
     (lens.main, "lens", ()), (lens.main, "jaccard", ("--modules",))])
-def test_shards_are_put_together_as_one_process_would_have_written_them(call, data, checkpoint, tmp_path, main, name,
-                                                                        flags):
+def test_shards_are_merged_as_one_process_would_have_written_them(call, data, checkpoint, tmp_path, main, name, flags):
     argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--dtype", "float32", *flags)
     assert call(main, *argv, "--out", tmp_path / "one")[0] == 0
     code, stdout, err = call(main, *argv, "--shard", "1/2", "--out", tmp_path / "two")
@@ -124,11 +130,12 @@ def test_shards_are_put_together_as_one_process_would_have_written_them(call, da
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert (record["shards"], record["questions"], len(record["calls"])) == (2, 3, 2)
     code, stdout, _ = call(main, *argv, "--shard", "1/2", "--out", tmp_path / "two")
-    assert code == 0 and "together in" in stdout
-    assert call(main, *argv, "--out", tmp_path / "two")[0] == 0     # and one process can go on with it
+    assert code == 0 and "merged in" in stdout
+    assert call(main, *argv, "--out", tmp_path / "two")[0] == 0     # and one process can resume it
     refused(call(main, *argv, "--shard", "2/2", "--out", tmp_path / "two"), "--shard", "'2/2'")
 
 
+@pytest.mark.slow
 def test_torchrun_splits_the_questions_over_its_processes(call, data, checkpoint, tmp_path):
     argv = ["--model", checkpoint("llava-1.5"), *data, "--all", "--dtype", "float32", "--edge", "image->last"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "knockout.py",
@@ -145,66 +152,9 @@ def test_run_json_names_model_weights_and_settings(call, data, checkpoint, tmp_p
     record = json.loads((out / "run.json").read_text())
     assert record["model"] == record["origin"] == str(folder) and record["seed"] == 0
     assert record["settings"]["edges"] == ["image->last"] and len(record["settings"]["config"]) == 4
-    assert record["settings"]["weights"] == llava_min.weights_hash(llava_min.resolve(str(folder)))
+    assert record["settings"]["weights"] == hub.weights_hash(hub.resolve(str(folder)).files)
     assert record["settings"]["dtype"] == ("bfloat16" if record["settings"]["device"] == "cpu" else "float16")
     assert record["calls"][0]["command"][0] == "knockout.py" and record["questions"] == 3
-
-
-def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(call, data, checkpoint, tmp_path, monkeypatch):
-    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->question", "question->last",
-            "--dtype", "float32", "--window", 2)
-    assert call(knockout.main, *argv, "--out", tmp_path / "whole")[0] == 0
-    honest, asked = knockout.measure, []
-
-    def stopped(model, q, args, strict):
-        asked.append(q.id)
-        if asked == ["01", "02"]:
-            raise KeyboardInterrupt
-        return honest(model, q, args, strict)
-    monkeypatch.setattr(knockout, "measure", stopped)
-    code, _, err = call(knockout.main, *argv, "--out", tmp_path / "parts")
-    assert code == 130 and "same command" in err
-    assert {r["question_id"] for r in read(tmp_path / "parts" / "knockout.csv")} == {"01"}
-    assert call(knockout.main, *argv, "--out", tmp_path / "parts")[0] == 0
-    assert asked == ["01", "02", "02", "03"]                        # the first question is not asked again
-    whole, parts = ((tmp_path / d / "knockout.csv").read_bytes() for d in ("whole", "parts"))
-    assert whole == parts
-    monkeypatch.setattr(llava_min, "load", None)                    # all is done: the model is not even loaded
-    assert call(knockout.main, *argv, "--out", tmp_path / "parts")[0] == 0
-
-
-def test_another_runs_directory_is_refused_by_the_setting_that_differs(call, data, checkpoint, tmp_path):
-    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->question", "--out", tmp_path / "out")
-    assert call(knockout.main, *argv)[0] == 0
-    before = (tmp_path / "out" / "knockout.csv").read_bytes()
-    refused(call(knockout.main, *argv, "--window", 3), "window = 9, this one has 3", tmp_path / "out")
-    refused(call(knockout.main, *argv, "--edge", "last->last"), "edges")
-    assert (tmp_path / "out" / "knockout.csv").read_bytes() == before
-
-
-def test_a_run_does_not_go_on_with_other_pictures_or_another_config(call, photo, checkpoint, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint("llava-1.5", "hf"), folder)
-    argv = ("--model", folder, "--image", photo, "--question", "Is it red?", "--edge", "image->last", "--out",
-            tmp_path / "out")
-    assert call(knockout.main, *argv)[0] == 0
-    shutil.move(folder, tmp_path / "moved")                         # elsewhere it is the same model, and the same photo
-    shutil.copy(photo, tmp_path / "copy.png")
-    assert call(knockout.main, "--model", tmp_path / "moved", "--image", tmp_path / "copy.png", *argv[4:])[0] == 0
-    shutil.move(tmp_path / "moved", folder)
-    raw = json.loads((folder / "config.json").read_text())
-    raw["text_config"]["rope_theta"] = 20000.0
-    (folder / "config.json").write_text(json.dumps(raw))
-    refused(call(knockout.main, *argv), "config")
-    world.picture(60, 90).resize((90, 60)).save(photo)
-    refused(call(knockout.main, *argv), tmp_path / "out")
-
-
-def test_a_run_without_rows_makes_way_for_one_with_all(call, data, checkpoint, tmp_path):
-    argv = ("--model", checkpoint("llava-1.5"), *data, "--edge", "image->last", "--out", tmp_path / "out")
-    refused_code, _, err = call(knockout.main, *argv)
-    assert refused_code == 2 and "--all" in err
-    assert call(knockout.main, *argv, "--all")[0] == 0 and len(read(tmp_path / "out" / "knockout.csv")) > 0
 
 
 def test_a_question_with_a_dollar_sign_is_drawn(call, photo, checkpoint, tmp_path):
@@ -214,16 +164,29 @@ def test_a_question_with_a_dollar_sign_is_drawn(call, photo, checkpoint, tmp_pat
     assert call(knockout.main, *argv, "--groups")[0] == 0
 
 
-def test_every_edge_is_looked_up_before_the_first_is_measured(call, photo, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(knockout, "sweep", None)
+def test_every_edge_is_looked_up_before_the_first_is_measured(call, photo, checkpoint, tmp_path):
+    """With a good edge before the bad one, not one more module of the model is run."""
     argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it red?", "--out", tmp_path / "out")
-    refused(call(knockout.main, *argv, "--edge", "image->last", "true_option->last"), "true_option")
-    refused(call(knockout.main, *argv, "--edge", "image->last", "system->system"), "system->system", "position(s) [0")
+
+    def modules(*edges):
+        calls = []
+        hook = register_module_forward_hook(lambda *_: calls.append(1))
+        result = call(knockout.main, *argv, "--edge", *edges)
+        hook.remove()
+        return len(calls), result
+    good, (code, _, err) = modules("image->last")
+    assert code == 0, err
+    shutil.rmtree(tmp_path / "out")
+    for bad, words in (("true_option->last", ()), ("system->system", ("position(s) [0",))):
+        alone, _ = modules(bad)
+        after, result = modules("image->last", bad)
+        refused(result, bad.split("->")[0], *words)
+        assert 0 < alone == after < good
 
 
 def test_only_right_answers_count_unless_all_is_given(call, data, checkpoint, model, tmp_path):
     m, rows = model("llava-1.5"), []
-    for line, q in zip(ROWS, eval_gqa.read_csv(data[1], data[3]), strict=True):
+    for line, q in zip(ROWS, read_csv(data[1], data[3]), strict=True):
         answer = m.generate(q.prompt(m))
         rows.append(line if q.id == "02" else line.replace(f",{q.answer},", f',"{answer.lower()}",', 1))
     data[1].write_text("\n".join([HEADER, *rows]) + "\n", encoding="utf-8")
@@ -251,7 +214,7 @@ def test_groups_prints_the_table_of_groups_and_draws_them(call, photo, checkpoin
                            "Is the cup red or blue?", "--options", "red,blue", "--answer", "blue", "--box", "0,0,40,30",
                            "--edge", "image-newlines->text:cup", "--groups", "--out", tmp_path / "out")
     table = {line.split()[0]: line for line in stdout.splitlines() if line}
-    assert code == 0 and set(llava_min.NAMES) <= set(table)
+    assert code == 0 and set(NAMES) <= set(table)
     assert "Is the cup red or blue?" in table["question"] and table["true_option"].endswith("blue")
     assert "only" not in table["newlines"] and "(" in table["captions"]
     assert table["image-newlines"] and table["text:cup"].endswith("cup")
@@ -259,18 +222,13 @@ def test_groups_prints_the_table_of_groups_and_draws_them(call, photo, checkpoin
     assert not (tmp_path / "out" / "knockout.csv").exists()
 
 
-def test_selfcheck_reports_every_edge_and_ends_with_0(call, data, checkpoint):
-    code, stdout, _ = call(knockout.main, "--model", checkpoint("llama3-next"), *data, "--edge", "image->question",
-                           "last->last", "--window", 2, "--selfcheck")
-    assert code == 0 and "6 edges checked, 0 checks failed" in stdout and "FAILED" not in stdout
-
-
+@pytest.mark.slow
 def test_without_data_the_bundled_questions_are_asked_over_the_edges_of_figures_3_to_5(call, checkpoint, tmp_path):
     code, stdout, err = call(knockout.main, "--model", checkpoint("llava-1.5"), "--limit", 1, "--all", "--window", 2,
                              "--out", tmp_path / "out")
     assert code == 0, err
     rows = read(tmp_path / "out" / "knockout.csv")
-    assert {r["task"] for r in rows} == set(eval_gqa.TASKS.values())
+    assert {r["task"] for r in rows} == set(TASKS.values())
     assert {r["edge"] for r in rows} == set(knockout.EDGES)
 
 
@@ -286,189 +244,91 @@ def test_llava_min_answers_a_question(call, photo, checkpoint, model):
     m = model("llava-1.5")
     argv = ("--model", checkpoint("llava-1.5"), "--dtype", "float32", "--image", photo, "--question", "Is it red?")
     code, stdout, err = call(llava_min.main, *argv)
-    assert code == 0 and stdout.strip() == m.generate(m.prompt("Is it red?", llava_min.open_image(photo)))
-    assert err.startswith("model ") and err.count("\n") == 1
-    long = m.prompt("Is it red?", llava_min.open_image(photo), brief=False)
+    assert code == 0 and stdout == m.generate(m.prompt("Is it red?", open_image(photo))) + "\n" and err == ""
+    long = m.prompt("Is it red?", open_image(photo), brief=False)
     assert call(llava_min.main, *argv, "--long", "--tokens", 3)[1].strip() == m.generate(long, 3)
     assert "single word" not in long.text
 
 
-def test_the_decoders_and_the_tower_run_alone(call, checkpoint, photo, tmp_path):
+def test_a_decoder_runs_alone(call, checkpoint):
     code, stdout, err = call(vicuna.main, "--weights", checkpoint("vicuna"), "--prompt", "Is the cup", "--tokens", 3)
-    assert code == 0 and stdout.startswith("Is the cup")
-    done = subprocess.run([sys.executable, ROOT / "vicuna.py", "--weights", tmp_path, "--prompt", "x"], text=True,
-                          capture_output=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert code == 0 and stdout.startswith("Is the cup"), err
 
 
-@pytest.mark.parametrize("script", sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "runs"))
+SCRIPTS = sorted(str(file.relative_to(ROOT).with_suffix("")).replace(os.sep, ".") for folder in ("", "harness", "tiny")
+                 for file in (ROOT / folder).glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_manual_with_an_example(call, script):
     code, stdout, _ = call(importlib.import_module(script).main, "--help")
-    assert code == 0 and f"python {script}.py" in stdout and "usage:" in stdout
+    command = f"python -m {script}" if "." in script else f"python {script}.py"
+    assert code == 0 and command in stdout and "usage:" in stdout
 
 
+@pytest.mark.slow
 def test_help_needs_no_model_and_no_data_beside_it():
     done = subprocess.run([sys.executable, ROOT / "knockout.py", "--help"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and "python knockout.py" in done.stdout and "usage:" in done.stdout and not done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------------- resuming
 
-EDGE = ("--src", "image", "--tgt", "question")
+@pytest.mark.slow
+def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(call, data, checkpoint, tmp_path, monkeypatch):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->question", "question->last",
+            "--dtype", "float32", "--window", 2)
+    assert call(knockout.main, *argv, "--out", tmp_path / "whole")[0] == 0
+    honest, asked = Study.ask, []
 
-
-@pytest.mark.parametrize("argv, words", [
-    (("--src", "image"), ["--src and --tgt"]), 
-    (("--src", "imgae", "--tgt", "question"), ["imgae", "related_patches"]),
-    (("--edge", "image"), ["SOURCE->TARGET"]), ((*EDGE, "--window", "0"), ["--window", "from 1"]),
-    ((*EDGE, "--window", "x"), ["--window"]), ((*EDGE, "--dtype", "float8"), ["--dtype"]),
-    (("--nonsense",), ["--nonsense"]), ((*EDGE, "--limit", "0"), ["--limit"])])
-def test_flags_are_checked_before_anything_is_loaded(call, argv, words):
-    refused(call(knockout.main, *argv), *words)
-
-
-def test_a_group_this_single_question_does_not_have_is_an_error(call, photo, checkpoint, tmp_path):
-    argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it red?", "--out", tmp_path / "out")
-    refused(call(knockout.main, *argv, "--edge", "true_option->last"), "true_option", "no options")
-    refused(call(knockout.main, *argv, "--edge", "text:green->last"), "text:green", "Is it red?")
-    refused(call(knockout.main, *argv, "--edge", "image->last", "--box", "80,2,30,3"), "--box 80,2,30,3")
-
-
-def spoil(file, how):
-    data = file.read_bytes()
-    file.write_bytes({"truncated": data[:len(data) // 2], "text": b"not a picture", "empty": b""}[how])
-
-
-@pytest.mark.parametrize("how", ["truncated", "text", "empty"])
-def test_a_picture_that_cannot_be_read_is_named(call, photo, checkpoint, tmp_path, how):
-    spoil(photo, how)
-    argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "Is it red?")
-    refused(call(knockout.main, *argv, *EDGE, "--out", tmp_path / "out"), photo)
-    assert call(llava_min.main, *argv)[0] == 2
+    def stopped(study, q, *how):
+        asked.append(q.id)
+        if asked == ["01", "02"]:
+            raise KeyboardInterrupt
+        return honest(study, q, *how)
+    monkeypatch.setattr(Study, "ask", stopped)
+    code, _, err = call(knockout.main, *argv, "--out", tmp_path / "parts")
+    assert code == 130 and "same command" in err
+    assert {r["question_id"] for r in read(tmp_path / "parts" / "knockout.csv")} == {"01"}
+    assert call(knockout.main, *argv, "--out", tmp_path / "parts")[0] == 0
+    assert asked == ["01", "02", "02", "03"]                        # the first question is not asked again
+    whole, parts = ((tmp_path / d / "knockout.csv").read_bytes() for d in ("whole", "parts"))
+    assert whole == parts
+    monkeypatch.setattr(llava_min, "load", None)                    # all is done: the model is not even loaded
+    assert call(knockout.main, *argv, "--out", tmp_path / "parts")[0] == 0
 
 
-def test_a_decompression_bomb_is_refused(call, checkpoint, tmp_path, monkeypatch):
-    Image.new("1", (2000, 2000)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500_000)       # warned about above this, refused above twice this
-    for limit in (1_500_000, 3_000_000):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        refused(call(knockout.main, "--model", checkpoint("llava-1.5"), "--image", tmp_path / "bomb.png", "--question",
-                     "Is it red?", *EDGE), "bomb.png", "pixels")
+@pytest.mark.slow
+def test_another_runs_directory_is_refused_by_the_setting_that_differs(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->question", "--out", tmp_path / "out")
+    assert call(knockout.main, *argv)[0] == 0
+    before = (tmp_path / "out" / "knockout.csv").read_bytes()
+    refused(call(knockout.main, *argv, "--window", 3), "window = 9, this one has 3", tmp_path / "out")
+    refused(call(knockout.main, *argv, "--edge", "last->last"), "edges")
+    assert (tmp_path / "out" / "knockout.csv").read_bytes() == before
 
 
-def test_a_bad_row_stops_the_run_with_what_was_finished_or_is_left_out_under_skip_bad(call, data, checkpoint, tmp_path):
-    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->last")
-    os.remove(tmp_path / "b.jpg")                                   # the second question's picture
-    refused(call(knockout.main, *argv, "--out", tmp_path / "out"), "b.jpg", "x_ChooseAttr.csv, line 3")
-    assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01"}
-    code, stdout, err = call(knockout.main, *argv, "--skip-bad", "--out", tmp_path / "out")
-    assert code == 0 and "left out: " in stdout and "b.jpg" in stdout, err
-    assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01", "03"}
-    world.picture(60, 90).save(tmp_path / "b.jpg")                  # it is found again: the run is completed
-    assert call(knockout.main, *argv, "--out", tmp_path / "out")[0] == 0
-    assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01", "02", "03"}
-
-
-@pytest.mark.parametrize("edit, words", [
-    (lambda t: t.replace("40,30", "40,x"), ["line 2", "'central object h'", "'x'"]),
-    (lambda t: t.replace("central object h", "height"), ["no column 'central object h'"]),
-    (lambda t: t.replace("20,10,40,30", "95,10,40,30"), ["line 2", "box 95,10,40,30", "outside the 90x60"]),
-    (lambda t: t.replace(",90,60,", ",91,60,"), ["line 2", "90x60", "91x60"])])
-def test_a_row_with_bad_numbers_is_named_by_line(call, data, checkpoint, tmp_path, edit, words):
-    data[1].write_text(edit(data[1].read_text()))
-    refused(call(knockout.main, "--model", checkpoint("llava-1.5"), *data, *EDGE, "--all", "--out", tmp_path / "out"),
-            "x_ChooseAttr.csv", *words)
-
-
-def test_if_nothing_could_be_measured_the_run_says_so(call, data, checkpoint, tmp_path):
-    out = tmp_path / "out"
-    code, stdout, err = call(knockout.main, "--model", checkpoint("llava-1.5"), *data, *EDGE, "--out", out)
-    assert code == 2 and "0 answered right" in stdout and "--all" in err and not (out / "knockout.png").exists()
-
-
-def resave(folder, change):
-    file = next(folder.glob("*.safetensors"))
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, {"format": "pt"})
-
-
-DAMAGE = {"missing": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), ["missing", "layers.1.mlp.up_proj"]),
-          "extra": (lambda t: t.update(lost=torch.zeros(2)), ["extra", "lost"]),
-          "misshapen": (lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
-                        ["model.norm.weight", "(7,)", "(48,)"])}
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-def test_a_checkpoint_that_does_not_fit_is_refused_by_tensor(call, checkpoint, photo, tmp_path, what):
-    shutil.copytree(checkpoint("vicuna"), tmp_path / "model")
-    change, words = DAMAGE[what]
-    resave(tmp_path / "model", change)
-    refused(call(llava_min.main, "--model", tmp_path / "model", "--question", "Is it red?"), *words)
-
-
-@pytest.mark.parametrize("spoiled, words", [
-    ("header", ["model.safetensors", "damaged"]), ("cut", ["model.safetensors", "damaged"]),
-    ("config", ["config.json", "not JSON"]), ("tokenizer", ["tokenizer.json or tokenizer.model"]),
-    ("list", ["config.json", "not a JSON object"]), ("rope", ["rope_scaling"])])
-def test_damaged_files_of_a_checkpoint_are_named(call, checkpoint, tmp_path, spoiled, words):
+@pytest.mark.slow
+def test_a_run_is_not_resumed_with_other_pictures_or_another_config(call, photo, checkpoint, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(checkpoint("vicuna"), folder)
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    if spoiled == "header":
-        weights.write_bytes(b"\xff" * 40 + weights.read_bytes()[40:])
-    elif spoiled == "cut":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif spoiled == "tokenizer":
-        for file in folder.glob("tokenizer*"):
-            file.unlink()
-    else:
-        raw = json.loads(config.read_text())
-        scaled = json.dumps(raw | {"rope_scaling": {"factor": 2}})
-        config.write_text({"config": "{", "list": "[]", "rope": scaled}[spoiled])
-    refused(call(llava_min.main, "--model", folder, "--question", "Is it red?"), *words)
+    shutil.copytree(checkpoint("llava-1.5", "hf"), folder)
+    argv = ("--model", folder, "--image", photo, "--question", "Is it red?", "--edge", "image->last", "--out",
+            tmp_path / "out")
+    assert call(knockout.main, *argv)[0] == 0
+    shutil.move(folder, tmp_path / "moved")                         # elsewhere it is the same model, and the same photo
+    shutil.copy(photo, tmp_path / "copy.png")
+    assert call(knockout.main, "--model", tmp_path / "moved", "--image", tmp_path / "copy.png", *argv[4:])[0] == 0
+    shutil.move(tmp_path / "moved", folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["rope_theta"] = 20000.0
+    (folder / "config.json").write_text(json.dumps(raw))
+    refused(call(knockout.main, *argv), "config")
+    world.picture(60, 90).resize((90, 60)).save(photo)
+    refused(call(knockout.main, *argv), tmp_path / "out")
 
 
-def test_probabilities_that_are_not_numbers_stop_the_run(call, checkpoint, tmp_path, photo):
-    shutil.copytree(checkpoint("vicuna"), tmp_path / "model")
-    resave(tmp_path / "model", lambda t: t["lm_head.weight"].fill_(float("inf")))
-    (tmp_path / "x_Cap.csv").write_text(HEADER + ",captions\n" + ROWS[0] + ",a red cup.\n")
-    refused(call(knockout.main, "--model", tmp_path / "model", "--data", tmp_path / "x_Cap.csv", "--all", "--edge",
-                 "captions->last", "--skip-bad", "--out", tmp_path / "out"), "non-finite", "--dtype")
-
-
-def test_a_directory_that_cannot_be_written_is_named(call, data, checkpoint, tmp_path):
-    (tmp_path / "file").write_text("")
-    refused(call(knockout.main, "--model", checkpoint("llava-1.5"), *data, *EDGE, "--out", tmp_path / "file" / "out"),
-            tmp_path / "file")
-
-
-def test_a_device_this_machine_lacks_is_refused(call, checkpoint):
-    for device in {"cuda": torch.cuda, "mps": torch.backends.mps}.items():
-        if not device[1].is_available():
-            refused(call(llava_min.main, "--model", checkpoint("vicuna"), "--question", "x", "--device", device[0]),
-                    f"--device {device[0]}")
-
-
-def test_plots_refuses_a_csv_that_is_not_a_runs(tmp_path):
-    for text in ("", "a,b\n1,2\n"):
-        (tmp_path / "k.csv").write_text(text)
-        with pytest.raises(ValueError, match="k.csv has no"):
-            plots.knockout(tmp_path / "k.csv", tmp_path / "k.png")
-    with pytest.raises(ValueError, match="No such file"):
-        plots.knockout(tmp_path / "nowhere.csv", tmp_path / "k.png")
-
-
-def test_the_interval_of_a_mean_is_196_standard_errors():
-    mean, half = plots.mean_interval([[1.0, 0.0], [3.0, 0.0]])
-    assert mean.tolist() == [2.0, 0.0] and half.tolist() == pytest.approx([1.96, 0.0])   # sd sqrt(2), n 2
-    assert plots.mean_interval([[4.0]])[1].tolist() == [0.0]
-
-
-def test_the_interval_of_a_change_is_never_nothing_and_stays_within_what_can_be():
-    """Eighteen questions and half a one in each of four cells are twenty: by hand."""
-    assert plots.paired_interval([0] * 18) == pytest.approx((-0.098, 0.098))                # 1.96 sqrt(1/20/20)
-    assert plots.paired_interval([-1] * 10 + [0] * 8) == pytest.approx((-0.74005, -0.25995), abs=1e-5)
-    assert plots.paired_interval([-1] * 6 + [1] * 2 + [0] * 10) == pytest.approx(
-        (-0.2 - 1.96 * (0.41 / 20) ** 0.5, -0.2 + 1.96 * (0.41 / 20) ** 0.5))
-    assert plots.paired_interval([-1])[0] == -1
+def test_a_run_without_rows_makes_way_for_one_with_all(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--edge", "image->last", "--out", tmp_path / "out")
+    refused_code, _, err = call(knockout.main, *argv)
+    assert refused_code == 2 and "--all" in err
+    assert call(knockout.main, *argv, "--all")[0] == 0 and len(read(tmp_path / "out" / "knockout.csv")) > 0

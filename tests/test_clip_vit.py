@@ -69,7 +69,8 @@ def test_llavas_features_are_open_clips_intermediate_of_the_last_block_but_one(o
     theirs, ours = open_clip_twin
     out = theirs.visual.forward_intermediates(pixels(), indices=[1], stop_early=True, normalize_intermediates=False,
                                               intermediates_only=True, output_fmt="NLC")
-    same(ours(pixels())[:, 1:], out["image_intermediates"][0])
+    same(ours.features(pixels()), out["image_intermediates"][0])
+    assert torch.equal(ours.features(pixels()), ours(pixels())[:, 1:])
 
 
 def test_a_tower_has_the_sizes_of_its_open_clip_config(open_clip_twin):
@@ -145,7 +146,7 @@ def test_a_folder_without_config_or_weights_is_an_error_that_names_it(tmp_path):
         clip_vit.load(tmp_path)
 
 
-def test_the_file_is_a_program_that_looks_at_a_picture(tmp_path, capsys, monkeypatch):
+def test_the_file_is_a_program_that_measures_a_photos_features(tmp_path, capsys, monkeypatch):
     world.write_clip(tmp_path, "llava-1.5")
     world.picture(90, 60).save(tmp_path / "photo.png")
     monkeypatch.setattr("sys.argv", ["clip_vit", "--weights", str(tmp_path), "--image", str(tmp_path / "photo.png")])
@@ -189,6 +190,13 @@ def test_an_open_clip_setting_that_is_not_openais_clip_is_refused_by_name(odd):
     (raw if "quick_gelu" in odd else raw["vision_cfg"]).update(odd)
     with pytest.raises(ValueError, match=next(iter(odd))):
         clip_vit.Config.from_json({"model_cfg": raw})
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 33}, {"num_attention_heads": 0}, {"patch_size": -14}],
+                         ids=lambda sizes: next(iter(sizes)))
+def test_sizes_that_no_model_can_have_are_refused(sizes):
+    with pytest.raises(ValueError, match="impossible sizes in the config"):
+        clip_vit.Config.from_json(TINY | sizes)
 
 
 def test_an_open_clip_config_that_says_nothing_of_its_gelu_is_refused():

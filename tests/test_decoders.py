@@ -1,7 +1,7 @@
 """python -m pytest tests/test_decoders.py
 
 The two decoders: the contract that instruments rely on, the arithmetic against closed forms and against transformers'
-eager attention, and the copies that must stay copies.
+eager attention; and of all files at the top level, the definitions that are copies and the files that work alone.
 """
 import ast
 import math
@@ -45,19 +45,22 @@ def random_mask(T, seed=2):
     return vicuna.to_mask(keep)
 
 
+NINE = torch.arange(9)                                              # the positions of most sequences here
+
+
 # ---------------------------------------------------------------------------------------------------- the contract
 
 @both
 def test_a_loop_over_the_public_parts_is_the_decoders_own_forward(file, c):
     model, ids = filled(file.Decoder(c)), torch.arange(9)[None]
     x = model.embed_tokens(ids)
-    cos, sin = model.rope(torch.arange(9))
-    assert x.shape == (1, 9, c.width) and cos.shape == sin.shape == (9, c.width // c.heads)
-    assert len(model.layers) == c.layers
+    cos, sin = model.rope(NINE)
+    assert x.shape == (1, 9, c.width) and cos.shape == sin.shape == (9, c.head_size)
+    assert len(model.layers) == c.layers and c.head_size == 16
     h = x
     for layer in model.layers:
         h = layer(h, cos, sin, None)
-    assert torch.equal(h, model(x))
+    assert torch.equal(h, model(x, NINE))
     assert model.lm_head(model.norm(h)).shape == (1, 9, c.vocab)
 
 
@@ -67,11 +70,11 @@ def test_a_mask_of_any_broadcastable_shape_is_an_argument_of_every_layer(file, c
     model, x = filled(file.Decoder(c)), noise(1, 9, c.width)
     mask = random_mask(9)
     mask = mask if shape[-2] == 9 else torch.zeros(9).index_fill(0, torch.tensor([2, 5]), -math.inf)
-    (cos, sin), layer = model.rope(torch.arange(9)), model.layers[0]
+    (cos, sin), layer = model.rope(NINE), model.layers[0]
     same_mask = mask.expand(1, 4, 9, 9)
     torch.testing.assert_close(layer(x, cos, sin, mask.expand(shape)), layer(x, cos, sin, same_mask), rtol=0, atol=1e-5)
-    torch.testing.assert_close(model(x, mask.expand(shape)), model(x, same_mask), rtol=0, atol=2e-5)
-    assert not torch.allclose(model(x, same_mask), model(x), atol=1e-2)
+    torch.testing.assert_close(model(x, NINE, mask.expand(shape)), model(x, NINE, same_mask), rtol=0, atol=2e-5)
+    assert not torch.allclose(model(x, NINE, same_mask), model(x, NINE), atol=1e-2)
 
 
 @both
@@ -79,9 +82,9 @@ def test_a_mask_of_one_row_per_head_cuts_only_that_head(file, c):
     model, x = filled(file.Decoder(c)), noise(1, 9, c.width)
     keep = vicuna.causal(9).repeat(1, c.heads, 1, 1)
     keep[0, 2, 8, 1:4] = False
-    (cos, sin), layer = model.rope(torch.arange(9)), model.layers[0]
+    (cos, sin), layer = model.rope(NINE), model.layers[0]
     inner = []
-    layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: inner.append(args[0].view(9, c.heads, -1)))
+    layer.o_proj.register_forward_pre_hook(lambda module, args: inner.append(args[0].view(9, c.heads, -1)))
     layer(x, cos, sin, None)
     layer(x, cos, sin, vicuna.to_mask(keep))
     plain, cut = inner
@@ -92,46 +95,50 @@ def test_a_mask_of_one_row_per_head_cuts_only_that_head(file, c):
 @both
 def test_adding_zeros_is_plain_causal_attention(file, c):
     model, x = filled(file.Decoder(c)), noise(1, 9, c.width)
-    torch.testing.assert_close(model(x, vicuna.to_mask(vicuna.causal(9))), model(x), rtol=0, atol=1e-5)
+    mask = vicuna.to_mask(vicuna.causal(9))
+    torch.testing.assert_close(model(x, NINE, mask), model(x, NINE), rtol=0, atol=1e-5)
 
 
 @both
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_a_cut_edge_carries_nothing(file, c, kernel, monkeypatch):
-    monkeypatch.setattr(file.Attention, "kernel", staticmethod(kernel))
+    monkeypatch.setattr(file.Block, "kernel", staticmethod(kernel))
     model, x = filled(file.Decoder(c)), noise(1, 9, c.width)
     keep = vicuna.causal(9)
     keep[3:, 1:3] = False
     mask, other = vicuna.to_mask(keep), x.clone()
     other[0, 1:3] += 10 * noise(2, c.width)
-    assert torch.equal(model(x, mask)[0, 3:], model(other, mask)[0, 3:])
-    assert not torch.allclose(model(x)[0, 3:], model(other)[0, 3:])  # without the cut it does
+    assert torch.equal(model(x, NINE, mask)[0, 3:], model(other, NINE, mask)[0, 3:])
+    assert not torch.allclose(model(x, NINE)[0, 3:], model(other, NINE)[0, 3:])  # without the cut it does
 
 
 @both
 def test_tokens_that_follow_a_cache_give_what_one_pass_gives(file, c):
     model, x = filled(file.Decoder(c)), noise(1, 12, c.width)
-    whole, caches = model(x), [[] for _ in model.layers]
-    parts = [model(x[:, a:b], caches=caches) for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
-    assert [k.shape for k, _ in caches] == [(1, c.kv_heads, 12, c.width // c.heads)] * c.layers
+    at, caches = torch.arange(12), [[] for _ in model.layers]
+    parts = [model(x[:, a:b], at[a:b], caches=caches) for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))]
+    torch.testing.assert_close(torch.cat(parts, 1), model(x, at), rtol=0, atol=1e-5)
+    assert [k.shape for k, _ in caches] == [(1, c.kv_heads, 12, c.head_size)] * c.layers
 
 
 @both
 def test_a_cached_step_may_take_a_mask_over_all_keys(file, c):
     model, x = filled(file.Decoder(c)), noise(1, 8, c.width)
     mask, caches = random_mask(8), [[] for _ in model.layers]
-    model(x[:, :6], mask[:6, :6], caches)
-    torch.testing.assert_close(model(x[:, 6:], mask[6:], caches), model(x, mask)[:, 6:], rtol=0, atol=1e-5)
+    at = torch.arange(8)
+    model(x[:, :6], at[:6], mask[:6, :6], caches)
+    torch.testing.assert_close(model(x[:, 6:], at[6:], mask[6:], caches), model(x, at, mask)[:, 6:], rtol=0, atol=1e-5)
 
 
-def test_a_query_that_may_look_at_nothing_is_an_error_that_names_it():
+def test_a_query_that_would_attend_to_nothing_is_an_error_that_names_it():
     keep = vicuna.causal(5)
     keep[3] = keep[1] = False
-    with pytest.raises(ValueError, match=r"\[1, 3\] may look at nothing"):
+    with pytest.raises(ValueError, match=r"\[1, 3\] would attend to nothing"):
         vicuna.to_mask(keep)
     with pytest.raises(ValueError, match=r"\[1, 3\]"):
         vicuna.to_mask(keep.expand(1, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"\[3\]"):                 # the queries are the last of the positions
+        vicuna.to_mask(keep[2:])
 
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
@@ -164,7 +171,7 @@ def test_attention_is_equation_3_written_with_loops():
             torch.testing.assert_close(out[0, h, t], by_hand, rtol=1e-5, atol=1e-6)
 
 
-def test_a_queries_own_place_in_a_longer_sequence_is_its_end():
+def test_queries_are_the_last_positions_of_a_longer_sequence():
     assert vicuna.causal(3).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
     assert vicuna.causal(2, 4).tolist() == [[True, True, True, False], [True] * 4]
     assert vicuna.causal(1, 3).tolist() == [[True] * 3]
@@ -223,12 +230,12 @@ def test_grouped_keys_are_a_dense_model_with_each_key_head_repeated():
         if "k_proj" in name or "v_proj" in name:                    # key head j serves query heads 2j and 2j + 1
             state[name] = torch.cat([head for head in tensor.chunk(2) for _ in range(2)])
     dense.load_state_dict(state)
-    torch.testing.assert_close(dense(x), grouped(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(dense(x, NINE), grouped(x, NINE), rtol=0, atol=1e-5)
 
 
 def test_llama3_with_as_many_key_heads_as_heads_is_vicuna():
     c, x = replace(FILES["llama3"][1], kv_heads=4, rope_base=10000.0), noise(1, 9, 64)
-    assert torch.equal(filled(llama3.Decoder(c))(x), filled(vicuna.Decoder(FILES["vicuna"][1]))(x))
+    assert torch.equal(filled(llama3.Decoder(c))(x, NINE), filled(vicuna.Decoder(FILES["vicuna"][1]))(x, NINE))
 
 
 # ---------------------------------------------------------------------------------------------------- config.json
@@ -277,6 +284,16 @@ def test_each_decoder_refuses_key_heads_it_cannot_serve():
     assert llama3.Config.from_json({**REAL, "num_key_value_heads": 8}).kv_heads == 8
 
 
+@both
+@pytest.mark.parametrize("sizes", [{"hidden_size": 5121}, {"hidden_size": 120}, {"num_hidden_layers": 0},
+                                   {"vocab_size": -1}, {"intermediate_size": True}], ids=lambda sizes: str(sizes)[1:-1])
+def test_sizes_that_no_model_can_have_are_refused(file, c, sizes):
+    raw = REAL if file is vicuna else REAL | {"num_key_value_heads": 8}
+    assert file.Config.from_json(raw).head_size == 128
+    with pytest.raises(ValueError, match="impossible sizes in the config"):
+        file.Config.from_json(raw | sizes)
+
+
 # ---------------------------------------------------------------------------------------------------- transformers
 
 def twin(file, c, dtype):
@@ -287,8 +304,9 @@ def twin(file, c, dtype):
         num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base,
         max_position_embeddings=c.positions, attn_implementation="eager")
     theirs, ours = hf.LlamaForCausalLM(config).eval().requires_grad_(False), filled(file.Decoder(c))
-    theirs.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": tensor
-                            for name, tensor in ours.state_dict().items()})
+    state, names = ours.state_dict(), {name: file.rename(name) for name in theirs.state_dict()}
+    assert sorted(names.values()) == sorted(state)                  # each of their names is one of ours, and its own
+    theirs.load_state_dict({name: state[mine] for name, mine in names.items()})
     angles = theirs.model.rotary_emb.inv_freq.clone()
     theirs.to(dtype).model.rotary_emb.inv_freq = angles             # .to() rounds this buffer
     return theirs, ours.to(dtype)
@@ -297,7 +315,7 @@ def twin(file, c, dtype):
 @both
 @every_dtype
 def test_every_hidden_state_is_transformers_own_bit_for_bit_with_attention_as_written(file, c, dtype, monkeypatch):
-    monkeypatch.setattr(file.Attention, "kernel", staticmethod(file.attend))
+    monkeypatch.setattr(file.Block, "kernel", staticmethod(file.attend))
     theirs, model = twin(file, c, dtype)                            # D = 16, so that 1 / sqrt(D) is exact
     ids = torch.randint(c.vocab, (1, 30), generator=torch.Generator().manual_seed(6))
     reference = theirs(ids, output_hidden_states=True)
@@ -314,7 +332,8 @@ def test_every_hidden_state_is_transformers_own_bit_for_bit_with_attention_as_wr
 def test_the_fused_kernel_gives_transformers_logits_within_rounding(file, c, dtype):
     theirs, model = twin(file, c, dtype)
     ids = torch.randint(c.vocab, (1, 30), generator=torch.Generator().manual_seed(6))
-    ours, reference = model.lm_head(model.norm(model(model.embed_tokens(ids)))), theirs(ids).logits
+    h = model(model.embed_tokens(ids), torch.arange(30))
+    ours, reference = model.lm_head(model.norm(h)), theirs(ids).logits
     bound = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     assert (ours - reference).abs().max() <= bound * reference.abs().max()
 
@@ -322,7 +341,7 @@ def test_the_fused_kernel_gives_transformers_logits_within_rounding(file, c, dty
 @both
 @every_dtype
 def test_one_norm_one_rotation_one_mlp_and_one_layer_alone_are_transformers_own(file, c, dtype, monkeypatch):
-    monkeypatch.setattr(file.Attention, "kernel", staticmethod(file.attend))
+    monkeypatch.setattr(file.Block, "kernel", staticmethod(file.attend))
     theirs, model = twin(file, c, dtype)
     x, positions = noise(1, 7, c.width, dtype=dtype), torch.arange(300, 307)
     mine, other = model.layers[1], theirs.model.layers[1]
@@ -330,7 +349,7 @@ def test_one_norm_one_rotation_one_mlp_and_one_layer_alone_are_transformers_own(
     cos, sin = model.rope(positions)
     their_cos, their_sin = theirs.model.rotary_emb(x, positions[None])
     assert torch.equal(cos, their_cos[0]) and torch.equal(sin, their_sin[0])
-    assert torch.equal(mine.mlp(x), other.mlp(x))
+    assert torch.equal(mine.mlp(x), other.mlp(other.post_attention_layernorm(x)))
     mask = random_mask(7)
     assert torch.equal(mine(x, cos, sin, mask), other(x, attention_mask=mask.to(dtype)[None, None],
                                                       position_embeddings=(their_cos, their_sin)))
@@ -339,27 +358,78 @@ def test_one_norm_one_rotation_one_mlp_and_one_layer_alone_are_transformers_own(
 # ---------------------------------------------------------------------------------------------------- copies
 
 def definitions(file):
-    return {node.name: ast.dump(node) for node in ast.parse((ROOT / file).read_text()).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    """Functions and classes of a file, and methods as Class.method -> their syntax trees, docstrings included."""
+    top = [node for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body if hasattr(node, "name")]
+    methods = {f"{node.name}.{part.name}": part for node in top if isinstance(node, ast.ClassDef)
+               for part in node.body if hasattr(part, "name")}
+    return {name: ast.dump(node) for name, node in ({node.name: node for node in top} | methods).items()}
 
 
-@pytest.mark.parametrize("name", ["RMSNorm", "rope_table", "rotate", "causal", "to_mask", "attend", "attend_fast",
-                                  "MLP", "Block", "Decoder", "load", "main"])
+@pytest.mark.parametrize("name", [
+    "check_sizes", "RMSNorm", "rope_table", "rotate", "causal", "to_mask", "attention_weights", "attend", "attend_fast",
+    "Block.attend", "Block.output", "Block.mlp", "Block.forward", "Decoder", "rename", "load", "main"])
 def test_what_both_decoders_define_is_one_text(name):
     assert definitions("vicuna.py")[name] == definitions("llama3.py")[name]
 
 
-@pytest.mark.parametrize("name", ["read", "load_into", "fail"])
+@pytest.mark.parametrize("name", ["causal", "to_mask"])
+def test_a_mask_is_made_in_one_way_in_decoders_and_in_fork(name):
+    assert definitions("fork.py")[name] == definitions("vicuna.py")[name] == definitions("llama3.py")[name]
+
+
+@pytest.mark.parametrize("name", ["stored", "read", "load_into", "fail"])
 def test_what_all_three_leaves_define_is_one_text(name):
     assert definitions("vicuna.py")[name] == definitions("llama3.py")[name] == definitions("clip_vit.py")[name]
 
 
-COPY_SETS = {"vicuna.py": [], "llama3.py": [], "clip_vit.py": [],
-             "llava_min.py": ["clip_vit.py", "vicuna.py", "llama3.py"]}
+COPY_SETS = {"vicuna.py": [], "llama3.py": [], "clip_vit.py": [], "views.py": [], "fork.py": [],
+             "llava_min.py": ["views.py", "clip_vit.py", "vicuna.py", "llama3.py"], "groups.py": ["views.py"],
+             "knockout.py": ["fork.py"], "lens.py": ["fork.py", "knockout.py"], "prune.py": ["fork.py", "knockout.py"],
+             "eval_gqa.py": []}
+
+# Imports one module from each folder below the working directory, where to open anything of the repository is an error;
+# prints what it imported from there. A virtual environment may lie in the repository. One process for all: most of its
+# time is torch's import.
+ALONE = """
+import sys
+from importlib import import_module
+from pathlib import Path
+
+root, here = Path(sys.argv[1]), Path.cwd()
+
+def watch(event, args):
+    if event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], str):
+        path = Path(args[0]).absolute()
+        assert not path.is_relative_to(root) or path.is_relative_to(sys.prefix) or path.is_relative_to(here), path
+
+sys.addaudithook(watch)
+others = [path for path in sys.path if Path(path) != root]
+for folder in sorted(here.iterdir()):
+    sys.path[:] = [str(folder), *others]
+    import_module(folder.name)
+    files = {name: Path(m.__file__) for name, m in list(sys.modules.items()) if getattr(m, "__file__", None)}
+    mine = {name: file for name, file in files.items() if file.is_relative_to(here)}
+    print(folder.name, *sorted(file.name for file in mine.values() if file.parent == folder), len(mine))
+    for name in mine:
+        del sys.modules[name]
+sys.path.insert(0, str(root))
+try:
+    import harness
+except AssertionError:
+    print("no repository")
+"""
 
 
-@pytest.mark.parametrize("file", COPY_SETS)
-def test_works_when_copied_alone(file, tmp_path):
-    for f in [file, *COPY_SETS[file]]:
-        shutil.copy(ROOT / f, tmp_path)
-    subprocess.run([sys.executable, "-c", f"import {file[:-3]}"], cwd=tmp_path, check=True, env={"PATH": ""})
+@pytest.mark.slow
+def test_every_file_works_when_copied_with_its_copy_set_and_needs_all_of_it(tmp_path):
+    for file, others in COPY_SETS.items():
+        folder = tmp_path / file.removesuffix(".py")
+        folder.mkdir()
+        for f in (file, *others):
+            shutil.copy(ROOT / f, folder)
+    done = subprocess.run([sys.executable, "-I", "-c", ALONE, ROOT], cwd=tmp_path, env={"PATH": ""},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *(f"{file.removesuffix('.py')} {' '.join(sorted([file, *others]))} {1 + len(others)}"
+          for file, others in sorted(COPY_SETS.items())), "no repository"]

@@ -10,9 +10,11 @@ import pytest
 import torch
 import world
 from commands import read, refused
+from PIL import Image
 
 import eval_gqa
-from eval_gqa import group_of, normalize, wilson
+from eval_gqa import normalize, wilson
+from harness.questions import BUNDLED, SIX, beside, group_of, program_of, read_csv, read_gqa, task_of
 
 QUESTIONS = ["Is the cup red or blue?", "Red?", "What is to the left of the cup on the table?", "Is the cup red?"]
 
@@ -31,16 +33,22 @@ def test_answers_as_a_batch_are_those_one_by_one(model, kind, ask, monkeypatch):
     image = world.picture(90, 60) if m.config.vision else None
     prompts = [m.prompt(text, image) for text in ask]
     monkeypatch.setattr(m, "stop", set())
-    plain = [m.decode(*m.prefill(m.embed(p)), 6) for p in prompts]
+    plain = one_by_one(m, prompts)
     assert eval_gqa.answers(m, prompts, 6) == plain and all(len(ids) == 6 for ids in plain)
     monkeypatch.setattr(m, "stop", {plain[0][2]})
-    ended = [m.decode(*m.prefill(m.embed(p)), 6) for p in prompts]
+    ended = one_by_one(m, prompts)
     assert eval_gqa.answers(m, prompts, 6) == ended and len(ended[0]) <= 2
-    honest, asked = eval_gqa.answers_behind, []
-    monkeypatch.setattr(eval_gqa, "answers_behind", lambda *a: asked.append(len(a[2])) or honest(*a))
-    monkeypatch.setattr(eval_gqa, "COPIED", 2 * len(prompts[0]))    # memory for few copies of what they begin with
+    monkeypatch.setattr(eval_gqa, "COPIED", 2 * len(prompts[0]))    # memory for few copies of the shared prefix
+    passes = []                                                     # (sequences, tokens) of each pass but for decoding
+    m.decoder.register_forward_pre_hook(lambda _, x: passes.append(tuple(x[0].shape[:2])))
     assert eval_gqa.answers(m, prompts, 6) == ended
-    assert sum(asked) == len(prompts) and max(asked) < 4
+    (once, prefix), *batches = passes
+    assert once == 1 and sum(B for B, _ in batches) == len(prompts) and max(B for B, _ in batches) < 4
+    assert all(B * prefix <= 2 * len(prompts[0]) for B, _ in batches)
+
+
+def one_by_one(m, prompts):
+    return [m.decode(*m.prefill(m.embed(p), p.positions), len(p), 6)[0] for p in prompts]
 
 
 @pytest.mark.parametrize("kind", ["llava-1.5", "llama3-next"])
@@ -52,16 +60,16 @@ def test_llavas_prompt_has_neither_of_the_papers_two_spaces(model, kind):
     assert papers.endswith("\n\n \n" if kind == "llama3-next" else "ASSISTANT:")
 
 
-def test_a_picture_goes_through_the_tower_once_for_all_its_questions(model, monkeypatch):
-    m, seen = model("llava-1.5"), []
-    honest = type(m.vision_tower).forward
-    monkeypatch.setattr(type(m.vision_tower), "forward", lambda self, *a: seen.append(1) or honest(self, *a))
+def test_a_picture_goes_through_the_tower_once_for_all_its_questions(model):
+    m, passes = model("llava-1.5"), []
+    hook = m.vision_tower.register_forward_hook(lambda *_: passes.append(1))
     eval_gqa.answers(m, [m.prompt(text, world.picture(90, 60)) for text in QUESTIONS], 2)
-    assert len(seen) == 1
+    hook.remove()
+    assert len(passes) == 1
 
 
 def test_the_groups_are_those_of_table_2():
-    assert [group_of(task) for task in eval_gqa.SIX] == [
+    assert [group_of(task) for task in SIX] == [
         "choose/attr", "choose/rel", "choose/cat", "compare/attr", "logical/obj", "query/attr"]
     assert group_of("verify/global") == "verify/global"
 
@@ -96,7 +104,6 @@ def gqa(tmp_path):
 def test_eval_writes_answers_accuracy_and_predictions(call, gqa, checkpoint, model, tmp_path):
     flags, entries = gqa
     m = model("llava-1.6")
-    from PIL import Image
     said = {n: m.generate(m.prompt(e["question"], Image.open(tmp_path / f"{e['imageId']}.jpg").convert("RGB")))
             for n, e in entries.items()}
     entries["3"]["answer"] = said["3"].lower()                      # random weights get one right, if we let them
@@ -124,7 +131,7 @@ def test_eval_writes_answers_accuracy_and_predictions(call, gqa, checkpoint, mod
                  "--out", tmp_path / "out"), "prompt", tmp_path / "out")
 
 
-def test_an_evaluation_that_was_stopped_goes_on(call, gqa, checkpoint, tmp_path, monkeypatch):
+def test_an_evaluation_that_was_stopped_is_resumed(call, gqa, checkpoint, tmp_path, monkeypatch):
     argv = ("--model", checkpoint("llava-1.5"), *gqa[0], "--dtype", "float32")
     assert call(eval_gqa.main, *argv, "--out", tmp_path / "whole")[0] == 0
     honest, calls = eval_gqa.answers, []
@@ -142,7 +149,7 @@ def test_an_evaluation_that_was_stopped_goes_on(call, gqa, checkpoint, tmp_path,
     assert whole == parts and calls == [3, 1, 1]
 
 
-def test_shards_of_an_evaluation_are_put_together(call, gqa, checkpoint, tmp_path):
+def test_shards_of_an_evaluation_are_merged(call, gqa, checkpoint, tmp_path):
     argv = ("--model", checkpoint("llava-1.5"), *gqa[0], "--dtype", "float32")
     assert call(eval_gqa.main, *argv, "--out", tmp_path / "one")[0] == 0
     for shard in ("0/2", "1/2"):
@@ -163,18 +170,18 @@ def test_what_cannot_be_asked_is_refused(call, gqa, checkpoint, tmp_path):
     assert code == 0 and "left out: " in stdout and len(read(tmp_path / "out" / "eval.csv")) == 3
 
 
+@pytest.mark.slow
 def test_collecting_writes_files_that_read_as_the_questions_answered_right(call, tmp_path):
     """On the bundled world: the model's right answers, in the paper's columns, at most so many, drawn by seed."""
     argv = ("--limit", 12, "--out", tmp_path / "out", "--most", 5)
     code, stdout, err = call(eval_gqa.main, *argv, "--collect", tmp_path / "six")
     assert code == 0, err
     right = {r["question_id"] for r in read(tmp_path / "out" / "eval.csv") if r["correct"] == "1"}
-    beside = eval_gqa.beside(eval_gqa.BUNDLED)
-    known = {q.id: q for q in eval_gqa.read_gqa(eval_gqa.BUNDLED, eval_gqa.BUNDLED.parent / "images", **beside)}
+    known = {q.id: q for q in read_gqa(BUNDLED, BUNDLED.parent / "images", **beside(BUNDLED))}
     files = sorted((tmp_path / "six").glob("*.csv"))
-    assert [file.stem.rpartition("_")[2] for file in files] == sorted(eval_gqa.SIX)
+    assert [file.stem.rpartition("_")[2] for file in files] == sorted(SIX)
     for file in files:
-        found = eval_gqa.read_csv(file, eval_gqa.BUNDLED.parent / "images")
+        found = read_csv(file, BUNDLED.parent / "images")
         assert 0 < len(found) <= 5 and {q.id for q in found} <= right
         for q in found:
             for part in ("task", "question", "answer", "true_option", "false_option", "objects", "boxes", "size",
@@ -185,12 +192,13 @@ def test_collecting_writes_files_that_read_as_the_questions_answered_right(call,
     assert [file.read_bytes() for file in sorted((tmp_path / "again").glob("*.csv"))] == first
 
 
-def test_collecting_looks_at_the_scene_graphs_before_it_asks_and_leaves_out_what_is_bad(call, tmp_path):
-    graphs = json.loads(eval_gqa.beside(eval_gqa.BUNDLED)["scene_graphs"].read_text())
-    raw = json.loads(eval_gqa.BUNDLED.read_text())
-    bad = next(n for n, e in raw.items() if eval_gqa.task_of(e["types"]) in eval_gqa.SIX
-               and any(ids for _, ids in eval_gqa.program_of(e)[1]))
-    gone = next(ids[0] for _, ids in eval_gqa.program_of(raw[bad])[1] if ids)
+@pytest.mark.slow
+def test_collecting_reads_the_scene_graphs_before_it_asks_and_leaves_out_what_is_bad(call, tmp_path):
+    graphs = json.loads(beside(BUNDLED)["scene_graphs"].read_text())
+    raw = json.loads(BUNDLED.read_text())
+    bad = next(n for n, e in raw.items() if task_of(e["types"]) in SIX
+               and any(ids for _, ids in program_of(e)[1]))
+    gone = next(ids[0] for _, ids in program_of(raw[bad])[1] if ids)
     del graphs[raw[bad]["imageId"]]["objects"][gone]
     (tmp_path / "graphs.json").write_text(json.dumps(graphs))
     argv = ("--limit", 2, "--scene-graphs", tmp_path / "graphs.json", "--collect", tmp_path / "six", "--out",

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import clip_vit
 import llama3
-import llava_min
 import vicuna
+from harness import hub
+from llava_min import load
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_IMAGE = [kind for kind, k in world.KINDS.items() if k.image]
@@ -32,7 +33,8 @@ def ours(name):
     """A name of the original layout -> our model's parameter name."""
     name = name.replace("model.vision_tower.vision_tower.vision_model.", "vision_tower.")
     name = re.sub(r"^model\.(mm_projector\.|image_newline)", r"\1", name)
-    return re.sub(r"^(model\.|(?=lm_head))(?!mm_|image)", "decoder.", name)
+    name = re.sub(r"^(model\.|(?=lm_head))(?!mm_|image)", "decoder.", name)
+    return re.sub(r"^(decoder\.layers\.\d\.)(self_attn|mlp)\.", r"\1", name)
 
 
 def assert_holds(model, kind):
@@ -45,19 +47,17 @@ def assert_holds(model, kind):
     assert not any(p.requires_grad for p in got.values()) and not model.training
 
 
-def load(folder, **how):
-    return llava_min.load(str(folder), **{"dtype": "float32", "device": "cpu", **how})
-
-
 # ------------------------------------------------------------------------------------------------- what must be equal
 
 @pytest.mark.parametrize("kind, layout, pack", [
-    (kind, layout, pack) for kind, k in world.KINDS.items() for layout in world.LAYOUTS
+    pytest.param(kind, layout, pack, marks=[pytest.mark.slow] * (pack != "one"))
+    for kind, k in world.KINDS.items() for layout in world.LAYOUTS
     if k.image or layout == "original" for pack in ("one", "sharded", "bin", "bin-sharded")
     if layout in ("original", "hf") or pack == "one"])
 def test_every_layout_and_file_format_gives_the_same_parameters_and_config(kind, layout, pack, tmp_path, model):
     loaded = load(world.write(tmp_path, kind, layout, pack))
     assert_holds(loaded, kind)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     reference = model(kind).config
     unused = {} if reference.aspect == "anyres" else {"pinpoints": loaded.config.pinpoints}
     assert loaded.config == replace(reference, **unused)
@@ -86,7 +86,7 @@ def test_rows_that_pad_the_vocabulary_are_cut_off_and_take_no_part_in_a_softmax(
     loaded = load(checkpoint(kind, "hf"))
     p = loaded.prompt("Is the cup on the table red or blue?", world.picture(60, 90))
     with torch.inference_mode():
-        h = loaded.decoder.norm(loaded.decoder(loaded.embed(p)))[0, -1]
+        h = loaded.decoder.norm(loaded.decoder(loaded.embed(p), p.positions))[0, -1]
         logits = loaded(p)[0, -1]
     assert len(logits) == world.vocab_size(kind)
     assert torch.equal(logits, model(kind)(p)[0, -1])
@@ -97,12 +97,14 @@ def test_rows_that_pad_the_vocabulary_are_cut_off_and_take_no_part_in_a_softmax(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", world.KINDS)
 def test_weights_stored_in_any_dtype_are_cast_to_the_wanted_one(kind, dtype, tmp_path):
-    assert_holds(load(world.write(tmp_path, kind, dtype=dtype), dtype="bfloat16"), kind)
+    loaded = load(world.write(tmp_path, kind, dtype=dtype), torch.bfloat16)
+    assert_holds(loaded, kind)
+    assert {p.dtype for p in loaded.decoder.parameters()} == {torch.bfloat16}
 
 
 def test_the_tower_of_1_5_stays_in_float32_and_the_others_follow_the_decoder(checkpoint):
     for kind in WITH_IMAGE:
-        loaded = load(checkpoint(kind), dtype="bfloat16")
+        loaded = load(checkpoint(kind), torch.bfloat16)
         assert {p.dtype for p in loaded.decoder.parameters()} == {torch.bfloat16}
         assert {p.dtype for p in loaded.vision_tower.parameters()} == {
             torch.float32 if kind == "llava-1.5" else torch.bfloat16}
@@ -111,12 +113,12 @@ def test_the_tower_of_1_5_stays_in_float32_and_the_others_follow_the_decoder(che
 @pytest.mark.parametrize("spelling, pack", [("hf", "one"), ("hf", "bin"), ("open_clip", "one")])
 def test_1_5_takes_its_tower_from_any_clip_folder_that_it_is_given(spelling, pack, checkpoint, tmp_path):
     world.write_clip(tmp_path / "tower", "llava-1.5", spelling, pack)
-    assert_holds(load(checkpoint("llava-1.5"), vision_tower=str(tmp_path / "tower")), "llava-1.5")
+    assert_holds(load(checkpoint("llava-1.5"), vision_tower=tmp_path / "tower"), "llava-1.5")
 
 
 def test_1_6_reads_its_own_tower_and_only_the_config_of_the_named_one(checkpoint, tmp_path):
     world.write_clip(tmp_path, "llava-1.5")                         # same shapes, other weights
-    assert_holds(load(checkpoint("llava-1.6"), vision_tower=str(tmp_path)), "llava-1.6")
+    assert_holds(load(checkpoint("llava-1.6"), vision_tower=tmp_path), "llava-1.6")
 
 
 @pytest.mark.parametrize("pack", ["one", "sharded", "bin", "bin-sharded"])
@@ -145,7 +147,7 @@ def test_llama3_alone_loads_a_text_model(llama3_text_model, model):
 
 
 @pytest.mark.parametrize("file", [vicuna, llama3], ids=lambda file: file.__name__)
-def test_a_decoder_file_is_a_program_that_writes_on_greedily(file, checkpoint, llama3_text_model, capsys, monkeypatch):
+def test_a_decoder_file_is_a_program_that_continues_a_text(file, checkpoint, llama3_text_model, capsys, monkeypatch):
     folder = checkpoint("vicuna") if file is vicuna else llama3_text_model
     monkeypatch.setattr(sys, "argv", [file.__name__, "--weights", str(folder), "--prompt", "Is the cup red?",
                                       "--tokens", "5", "--dtype", "float32"])
@@ -153,7 +155,8 @@ def test_a_decoder_file_is_a_program_that_writes_on_greedily(file, checkpoint, l
     model, tokenizer = file.load(folder), file.load_tokenizer(folder)
     ids = tokenizer.encode("Is the cup red?").ids
     for _ in range(5):                                              # no cache: everything again for each token
-        ids.append(model.lm_head(model.norm(model(model.embed_tokens(torch.tensor([ids])))))[0, -1].argmax().item())
+        h = model(model.embed_tokens(torch.tensor([ids])), torch.arange(len(ids)))
+        ids.append(model.lm_head(model.norm(h))[0, -1].argmax().item())
     assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
     assert tokenizer.decode(ids).startswith("Is the cup red?")
 
@@ -188,7 +191,7 @@ def edited(tmp_path, kind, layout, change):
     ("memory", "model.language_model.norm.weight")])
 def test_a_missing_tensor_is_named(layout, name, tmp_path):
     folder = edited(tmp_path, "llava-1.6", layout, lambda tensors: tensors.pop(name))
-    missing = {"model.layers.2.mlp.up_proj.weight": "decoder.layers.2.mlp.up_proj.weight",
+    missing = {"model.layers.2.mlp.up_proj.weight": "decoder.layers.2.up_proj.weight",
                "model.image_newline": "image_newline", "lm_head.weight": "decoder.lm_head.weight",
                "multi_modal_projector.linear_2.bias": "mm_projector.2.bias",
                "vision_tower.encoder.layers.0.self_attn.k_proj.bias":
@@ -319,7 +322,7 @@ def test_on_the_command_line_a_damaged_file_is_one_line_and_exit_code_2(pack, tm
         torch.save({"model.norm.weight": Trap(tmp_path / "sprung")}, folder / "pytorch_model.bin")
     else:
         (folder / "model.safetensors").write_bytes(b"not a checkpoint")
-    monkeypatch.setattr(sys, "argv", ["llava_min.py", "--model", str(folder), "--device", "cpu", "--question", "why?"])
+    monkeypatch.setattr(sys, "argv", ["llava_min.py", "--model", str(folder), "--question", "why?"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "llava_min.py"), run_name="__main__")
     out = capsys.readouterr()
@@ -352,11 +355,13 @@ def test_a_file_that_a_folder_lacks_is_named(file, tmp_path):
 
 def test_1_5_without_a_tower_anywhere_says_how_to_name_one(tmp_path):
     folder = world.write(tmp_path, "llava-1.5", tower=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"vision tower of .*nowhere.*--vision-tower"):
-        load(folder)
+    for loader in (load, hub.load):
+        with pytest.raises(ValueError, match=r"vision tower of .*nowhere.*--vision-tower"):
+            loader(str(folder))
     world.write_clip(tmp_path / "nowhere", "llava-1.5", pack=None)
-    with pytest.raises(ValueError, match=r"nowhere lacks model\.safetensors.*--vision-tower"):
-        load(folder)
+    for loader in (load, hub.load):
+        with pytest.raises(ValueError, match=r"nowhere lacks model\.safetensors.*--vision-tower"):
+            loader(str(folder))
 
 
 @pytest.mark.parametrize("kind, change", [
@@ -392,7 +397,7 @@ MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-import {file}, llava_min
+import {file}
 
 def peak():
     try:                                    # of this process image alone: ru_maxrss starts at the parent's peak
@@ -402,20 +407,18 @@ def peak():
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-load = {load}
-load(sys.argv[2])                           # a small one first: imports and buffers are not the checkpoint's
+{file}.load(sys.argv[2])                    # a small one first: imports and buffers are not the checkpoint's
 before = peak()
-model = load(sys.argv[3])
+model = {file}.load(sys.argv[3])
 print(peak() - before, sum(p.nbytes for p in model.parameters()), max(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs /proc or getrusage to measure memory")
 @pytest.mark.parametrize("pack", ["one", "bin"])
-@pytest.mark.parametrize("file, load", [("vicuna", "vicuna.load"),
-                                        ("llava_min", "lambda f: llava_min.load(f, dtype='float32', device='cpu')")],
-                         ids=["vicuna", "llava_min"])
-def test_loading_needs_the_memory_of_the_model_and_one_tensor(file, load, pack, tmp_path):
+@pytest.mark.parametrize("file", ["vicuna", "llava_min"])
+def test_loading_needs_the_memory_of_the_model_and_one_tensor(file, pack, tmp_path):
     small, big = world.write(tmp_path / "small", "vicuna", pack=pack), tmp_path / "big"
     big.mkdir()
     width, hidden, raw = 1024, 2816, json.loads((small / "config.json").read_text())
@@ -427,7 +430,7 @@ def test_loading_needs_the_memory_of_the_model_and_one_tensor(file, load, pack, 
     world.save(big, tensors, pack)
     total = sum(t.nbytes for t in tensors.values())
     del tensors
-    done = subprocess.run([sys.executable, "-c", MEASURE.format(file=file, load=load), str(ROOT), str(small), str(big)],
+    done = subprocess.run([sys.executable, "-c", MEASURE.format(file=file), str(ROOT), str(small), str(big)],
                           capture_output=True, text=True, check=True)
     growth, model, tensor = map(int, done.stdout.split())
     slack = 80e6

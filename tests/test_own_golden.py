@@ -12,8 +12,9 @@ import pytest
 import torch
 import world
 
-import llava_min
 import vicuna
+from groups import token_groups
+from views import best_canvas
 
 GOLDEN = {kind: json.loads((Path(__file__).parent / "golden" / f"{kind}.json").read_text()) for kind in world.KINDS}
 CASES = [pytest.param(kind, case, id=f"{kind}-{i}") for kind in world.KINDS
@@ -47,18 +48,21 @@ def test_pillow_draws_the_pictures_the_golden_numbers_were_made_from(size):
 @every_case
 def test_a_prompt_has_the_reference_token_ids(model, kind, case):
     p = prompt(model(kind), case)
+    g = token_groups(p)
     assert p.ids == case["ids"]
-    assert p.positions("question") == case["question_positions"]
-    assert p.positions("last") == [len(p) - 1]
+    assert p.positions.tolist() == list(range(len(p)))
+    assert g.positions("question") == case["question_positions"]
+    assert g.positions("last") == [len(p) - 1]
 
 
 @every_case
 def test_image_tokens_are_as_many_and_as_long_as_the_references(model, kind, case):
-    if not case["picture"]:
-        assert "image" not in prompt(model(kind), case).groups
-        return
     m, p = model(kind), prompt(model(kind), case)
-    assert len(p.positions("image")) == case["image_tokens"]
+    if not case["picture"]:
+        assert "image" not in token_groups(p).named and len(p.image) == 0
+        return
+    assert token_groups(p).positions("image") == list(p.image)
+    assert len(p.image) == case["image_tokens"]
     assert len(p.pixels) == case["views"]
     with torch.inference_mode():
         features = m.image_features(p)
@@ -69,16 +73,16 @@ def test_image_tokens_are_as_many_and_as_long_as_the_references(model, kind, cas
 
 @pytest.mark.parametrize("first", range(5))
 def test_of_canvases_that_keep_a_whole_photo_the_least_waste_wins_wherever_it_stands(model, first):
-    c = model("llava-1.6").config
-    c = replace(c, pinpoints=c.pinpoints[first:] + c.pinpoints[:first])
-    assert llava_min.best_canvas((100, 37), c) == (112, 56)         # 112x112 and 168x56 keep every pixel too
+    g = model("llava-1.6").config.geometry
+    g = replace(g, pinpoints=g.pinpoints[first:] + g.pinpoints[:first])
+    assert best_canvas((100, 37), g) == (112, 56)                   # 112x112 and 168x56 keep every pixel too
 
 
 @every_case
 def test_every_layers_residual_stream_has_the_reference_norms(model, kind, case):
     m, p = model(kind), prompt(model(kind), case)
     x, at = m.embed(p), case["norm_positions"]
-    cos, sin = m.decoder.rope(torch.arange(len(p)))
+    cos, sin = m.decoder.rope(p.positions)
     with torch.inference_mode():
         norms = [x[0, at].norm(dim=-1)]
         for layer in m.decoder.layers:
@@ -103,16 +107,16 @@ def test_the_last_position_has_the_reference_logits(model, kind, case):
 @every_case
 def test_greedy_decoding_gives_the_reference_ids(model, kind, case):
     m, p = model(kind), prompt(model(kind), case)
-    assert m.decode(*m.prefill(m.embed(p)), 4) == case["greedy"]
+    assert m.decode(*m.prefill(m.embed(p), p.positions), len(p), 4) == [case["greedy"]]
 
 
 @every_case
 @pytest.mark.parametrize("kernel", [vicuna.attend, vicuna.attend_fast])
 def test_a_loop_over_layers_with_a_cut_mask_gives_the_reference_knockouts(model, kind, case, kernel, monkeypatch):
     m, p = model(kind), prompt(model(kind), case)
-    monkeypatch.setattr(type(m.decoder.layers[0].self_attn), "kernel", staticmethod(kernel))
+    monkeypatch.setattr(type(m.decoder.layers[0]), "kernel", staticmethod(kernel))
     x, L = m.embed(p), len(m.decoder.layers)
-    cos, sin = m.decoder.rope(torch.arange(len(p)))
+    cos, sin = m.decoder.rope(p.positions)
 
     @torch.inference_mode()
     def probability(source, target, layers):
@@ -127,7 +131,7 @@ def test_a_loop_over_layers_with_a_cut_mask_gives_the_reference_knockouts(model,
     close(probability([0], [1], ()), case["p_base"], rel=1e-4)      # no layer is cut: nothing changes
     moved = 0.0
     for edge, windows in case["knockout"].items():
-        source, target = map(p.positions, edge.split("->"))
+        source, target = map(token_groups(p).positions, edge.split("->"))
         for k, theirs in windows.items():
             ours = [probability(source, target, range(max(0, l - int(k) // 2), min(L, l - (-int(k) // 2))))
                     for l in range(L)]

@@ -2,9 +2,11 @@
 
 Dropping image tokens: against the attention mask that hides them, against full recomputation, and the command line.
 """
+import ast
 import copy
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,113 +15,120 @@ from commands import HEADER, ROWS, read, refused
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import fork
 import knockout
-import llava_min
 import prune
-from knockout import causal, cut, forward, to_mask, unembed
+from fork import causal, to_mask, unembed
+from groups import token_groups
+from knockout import cut, forward
+from views import open_image
 
 VISUAL = ["llava-1.5", "llava-1.6", "llama3-next"]
 
 
 @pytest.fixture(scope="module", params=VISUAL)
 def case(request, model):
-    """(model with a float64 decoder, prompt, embeddings)"""
+    """(model with a float64 decoder, prompt, its groups, embeddings)"""
     m = copy.copy(model(request.param))                             # nn.Module: the copy has its own table of modules
     m._modules = dict(m._modules) | {"decoder": copy.deepcopy(m.decoder).double()}
-    p = m.prompt("Is the cup red or blue?", world.picture(90, 60), boxes=[(20, 10, 40, 30)], objects=["cup"])
-    return m, p, model(request.param).embed(p).double()
+    p = m.prompt("Is the cup red or blue?", world.picture(90, 60))
+    g = token_groups(p, boxes=[(20, 10, 40, 30)], objects=["cup"])
+    return m, p, g, model(request.param).embed(p).double()
 
 
 def hidden(T, image):
-    """The mask under which no position behind the image sees it; to keep a part of it, leave that out of `image`."""
+    """The mask under which no token after the image attends to it; to keep a part of it, leave that out of `image`."""
     return to_mask(cut(causal(T), image, list(range(max(image) + 1, T))))
 
 
 def test_dropping_the_image_from_a_layer_on_is_hiding_it_from_every_later_token(case):
-    m, p, x = case
-    d, image, T = m.decoder, p.positions("image"), len(p)
+    m, p, g, x = case
+    d, image, T = m.decoder, g.positions("image"), len(p)
     for first in range(len(d.layers) + 1):
-        h, caches, left = prune.prefill(d, x, image, first)
-        whole = forward(d, x, to_mask(causal(T)), hidden(T, image), range(first, len(d.layers)))
+        h, caches, left = prune.prefill(d, x, p.positions, image, first)
+        whole = forward(d, x, p.positions, to_mask(causal(T)), hidden(T, image), range(first, len(d.layers)))
         torch.testing.assert_close(unembed(d, h[0, -1]), unembed(d, whole[0, -1]), rtol=1e-10, atol=1e-10)
         assert [c[0].shape[2] for c in caches] == [T if i < first else T - len(image) for i in range(len(d.layers))]
         assert left == (image if first == len(d.layers) else [])
 
 
-def test_what_stays_of_the_image_is_seen_and_sees_itself(case):
-    """Rows of the image that stay look at each other only: the rest is hidden from them, too."""
-    m, p, x = case
-    d, image, T = m.decoder, p.positions("image"), len(p)
-    keep = p.positions("related_patches")
+def test_image_tokens_that_stay_are_attended_to_and_attend_to_each_other_alone(case):
+    """Of the image, that is: the rest of it is hidden from them, too."""
+    m, p, g, x = case
+    d, image, T = m.decoder, g.positions("image"), len(p)
+    keep = g.positions("related_patches")
     gone = [i for i in image if i not in keep]
-    h, caches, left = prune.prefill(d, x, image, 1, keep)
+    h, caches, left = prune.prefill(d, x, p.positions, image, 1, keep)
     mask = to_mask(cut(causal(T), gone, [i for i in range(T) if i not in gone]))
-    whole = forward(d, x, to_mask(causal(T)), mask, range(1, len(d.layers)))
+    whole = forward(d, x, p.positions, to_mask(causal(T)), mask, range(1, len(d.layers)))
     torch.testing.assert_close(unembed(d, h[0, -1]), unembed(d, whole[0, -1]), rtol=1e-10, atol=1e-10)
     assert left == keep and caches[-1][0].shape[2] == T - len(gone)
 
 
 def test_with_nothing_dropped_it_is_plain_generation(case):
-    m, p, x = case
-    h, caches, left = prune.prefill(m.decoder, x, p.positions("image"), len(m.decoder.layers))
-    logits, theirs = m.prefill(x)
-    torch.testing.assert_close(unembed(m.decoder, h[0, -1]), logits)
-    assert prune.decode(m, h, caches, len(p), 8) == m.decode(logits, theirs, 8)
-    assert left == p.positions("image")
+    m, p, g, x = case
+    h, caches, left = prune.prefill(m.decoder, x, p.positions, g.positions("image"), len(m.decoder.layers))
+    logits, theirs = m.prefill(x, p.positions)
+    ours = unembed(m.decoder, h[:, -1])
+    torch.testing.assert_close(ours, logits)
+    assert m.decode(ours, caches, len(p), 8) == m.decode(logits, theirs, len(p), 8)
+    assert left == g.positions("image")
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 def test_every_decoding_step_is_a_full_recomputation_with_the_image_hidden(case, monkeypatch, share):
-    m, p, x = case
-    d, image, T, seen = m.decoder, p.positions("image"), len(p), []
-    monkeypatch.setattr(prune, "unembed", lambda d, h: seen.append(unembed(d, h)) or seen[-1])
+    m, p, g, x = case
+    d, image, T, logits = m.decoder, g.positions("image"), len(p), []
     monkeypatch.setattr(m, "stop", set())                           # random weights may end at once
     first = round(share * len(d.layers))
-    ids = prune.decode(m, *prune.prefill(d, x, image, first)[:2], T, 5)
-    assert len(ids) == 5
+    h, caches, _ = prune.prefill(d, x, p.positions, image, first)
+    hook = d.lm_head.register_forward_hook(lambda *call: logits.append(call[2][0]))     # of every step, in order
+    ids, = m.decode(unembed(d, h[:, -1]), caches, T, 5)
+    hook.remove()
+    assert len(ids) == len(logits) == 5
     for n in range(5):
         y = torch.cat((x, d.embed_tokens(torch.tensor([ids[:n]], dtype=torch.long))), 1)
-        whole = forward(d, y, to_mask(causal(T + n)), hidden(T + n, image), range(first, len(d.layers)))
-        torch.testing.assert_close(seen[n], unembed(d, whole[0, -1]), rtol=1e-10, atol=1e-10)
-        assert ids[n] == seen[n].argmax()
+        whole = forward(d, y, torch.arange(T + n), to_mask(causal(T + n)), hidden(T + n, image),
+                        range(first, len(d.layers)))
+        torch.testing.assert_close(logits[n], unembed(d, whole[0, -1]), rtol=1e-10, atol=1e-10)
+        assert ids[n] == logits[n].argmax()
 
 
 def test_the_most_attended_are_those_the_attention_matrix_says(case, monkeypatch):
-    m, p, x = case
-    d, image, first = m.decoder, p.positions("image"), 2
-    h, kernel, seen = x, m.decoder_file.attend, []
+    m, p, g, x = case
+    d, image, first = m.decoder, g.positions("image"), 2
+    kernel, paid = m.config.decoder_file.attend, []
 
     def watch(q, k, v, mask):                                       # identity as values: the output is the attention
         eye = torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1)
-        seen.append(kernel(q, k, eye, mask)[0, :, -1].mean(0))
+        paid.append(kernel(q, k, eye, mask)[0, :, -1].mean(0))
         return kernel(q, k, v, mask)
-    for layer in d.layers:
-        monkeypatch.setattr(layer.self_attn, "kernel", watch)
-    prune.prefill(d, h, image, len(d.layers))
+    monkeypatch.setattr(m.config.decoder_file.Block, "kernel", staticmethod(watch))
+    prune.prefill(d, x, p.positions, image, len(d.layers))
     monkeypatch.undo()
-    wanted = sorted(image, key=lambda i: -seen[first - 1][i].item())[:5]
-    assert prune.prefill(d, x, image, first, 5)[2] == sorted(wanted)
+    wanted = sorted(image, key=lambda i: -paid[first - 1][i].item())[:5]
+    assert prune.prefill(d, x, p.positions, image, first, 5)[2] == sorted(wanted)
     with pytest.raises(ValueError, match="below the first layer"):
-        prune.prefill(d, x, image, 0, 5)
+        prune.prefill(d, x, p.positions, image, 0, 5)
 
 
 def test_flops_are_those_that_torch_counts_but_for_what_the_mask_hides(case, monkeypatch):
-    m, p, x = case
+    m, p, g, x = case
     d, T, c = m.decoder, len(p), m.decoder.config
-    monkeypatch.setattr(type(d.layers[0].self_attn), "kernel", staticmethod(m.decoder_file.attend))
+    monkeypatch.setattr(m.config.decoder_file.Block, "kernel", staticmethod(m.config.decoder_file.attend))
     with FlopCounterMode(display=False) as counter:
-        unembed(d, d(x)[:, -1])
+        unembed(d, d(x, p.positions)[:, -1])
     hidden_part = c.layers * 4 * c.width * (T * T - T * (T + 1) // 2)
     assert prune.flops(c, [T] * c.layers) == counter.get_total_flops() - hidden_part
     assert prune.flops(c, [T, 10]) < prune.flops(c, [T, T])
 
 
 def test_a_cache_weighs_what_its_tensors_weigh(case):
-    m, p, x = case
+    m, p, g, x = case
     c, T = m.decoder.config, len(p)
-    _, caches, _ = prune.prefill(m.decoder, x, p.positions("image"), 1)
-    rows = T + (c.layers - 1) * (T - len(p.positions("image")))
-    assert prune.kv_bytes(caches) == rows * 2 * c.kv_heads * (c.width // c.heads) * 8
+    _, caches, _ = prune.prefill(m.decoder, x, p.positions, g.positions("image"), 1)
+    cached = T + (c.layers - 1) * (T - len(g.positions("image")))   # tokens, of all layers together
+    assert prune.kv_bytes(caches) == cached * 2 * c.kv_heads * c.head_size * 8
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -135,8 +144,8 @@ def test_prune_writes_a_row_per_question_and_x(call, data, checkpoint, model, tm
         (q, X) for q in ("01", "02", "03") for X in (0, 1, 2)]
     L = len(m.decoder.layers)
     for r, name, question in zip(rows[:3], "aaa", ["Is the cup red or blue?"] * 3, strict=True):
-        p = m.prompt(question, llava_min.open_image(tmp_path / f"{name}.jpg"))
-        X, images = int(r["removed_layers"]), len(p.positions("image"))
+        p = m.prompt(question, open_image(tmp_path / f"{name}.jpg"))
+        X, images = int(r["removed_layers"]), len(p.image)
         assert float(r["image_tokens"]) == pytest.approx(images * (L - X) / L)
         assert int(r["prefill_flops"]) == prune.flops(m.decoder.config, [len(p)] * (L - X) + [len(p) - images] * X)
         assert float(r["seconds"]) == float(r["prefill_seconds"]) + float(r["decode_seconds"]) > 0
@@ -146,7 +155,7 @@ def test_prune_writes_a_row_per_question_and_x(call, data, checkpoint, model, tm
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
     assert Image.open(out / "prune.png").size[0] > 300 and "image tokens: mean over layers" in stdout
     assert call(prune.main, "--model", checkpoint("llava-1.6"), *data, "--all", "--last", 2, 1, "--dtype", "float32",
-                "--repeats", 2, "--out", out)[0] == 0               # goes on, with nothing left to do
+                "--repeats", 2, "--out", out)[0] == 0               # resumes, with nothing left to do
     refused(call(prune.main, "--model", checkpoint("llava-1.6"), *data, "--all", "--last", 1, "--dtype", "float32",
                  "--repeats", 2, "--out", out), "last", out)
 
@@ -160,9 +169,9 @@ def test_a_part_of_the_image_can_stay(call, data, checkpoint, model, tmp_path, k
     one, two = (read(tmp_path / name / "prune.csv") for name in ("one", "two"))
     assert [r["prediction"] for r in one] == [r["prediction"] for r in two] and one[1]["keep"] == keep
     m = model("llava-1.5")
-    p = m.prompt("Is the cup red or blue?", llava_min.open_image(tmp_path / "a.jpg"), boxes=[(20, 10, 40, 30)])
-    images, L = len(p.positions("image")), len(m.decoder.layers)
-    stays = stays or len(p.positions("related_patches"))
+    p = m.prompt("Is the cup red or blue?", open_image(tmp_path / "a.jpg"))
+    images, L = len(p.image), len(m.decoder.layers)
+    stays = stays or len(token_groups(p, boxes=[(20, 10, 40, 30)]).positions("related_patches"))
     assert float(one[1]["image_tokens"]) == pytest.approx((images * (L - 1) + stays) / L)
 
 
@@ -196,10 +205,15 @@ def test_what_cannot_be_dropped_is_refused(call, data, checkpoint, tmp_path):
     L = json.loads((checkpoint("llava-1.5") / "config.json").read_text())["num_hidden_layers"]
     refused(call(prune.main, *argv, "--keep", "attended:3", "--last", L), "attended:3", str(L - 1))
     (tmp_path / "x_Cap.csv").write_text(f"{HEADER},captions\n{ROWS[0]},a red cup.\n")
-    refused(call(prune.main, "--model", checkpoint("vicuna"), "--data", tmp_path / "x_Cap.csv"), "text-only")
+    refused(call(prune.main, "--model", checkpoint("vicuna"), "--data", tmp_path / "x_Cap.csv", "--out",
+                 tmp_path / "out"), checkpoint("vicuna"), "text-only")
 
 
-def test_prune_imports_nothing_of_ours_but_knockout():
-    names = {name for name in vars(prune) if getattr(vars(prune)[name], "__name__", "") in (
-        "llava_min", "eval_gqa", "plots", "runs")}
-    assert not names and prune.unembed is knockout.unembed
+def test_prune_imports_nothing_of_ours_but_fork_and_knockout():
+    root = Path(prune.__file__).parent
+    ours = {file.stem for file in root.glob("*.py")} | {folder.name for folder in root.iterdir() if folder.is_dir()}
+    top = ast.parse(Path(prune.__file__).read_text(encoding="utf-8")).body
+    imported = {name.split(".")[0] for node in top if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])}
+    assert imported & ours == {"fork", "knockout"}
+    assert prune.unembed is fork.unembed and prune.window is knockout.window

@@ -2,14 +2,13 @@
 
 Questions: the paper's CSV files, an own picture and question, the bundled ones; and when an answer is right.
 """
-import argparse
 import json
 
 import pytest
 from PIL import Image
 
-import eval_gqa
-from eval_gqa import is_right, read_csv, read_questions
+from harness.experiment import Parser
+from harness.questions import TASKS, is_right, read_any, read_csv, read_questions, soft_accuracy
 
 HEAD = {"ChooseAttr": "question_id,img_id,question,answer,true option,false option,central object name,captions,"
                       "image_w,image_h,central object w,central object h,central object x,central object y",
@@ -59,7 +58,7 @@ def test_a_picture_of_another_size_than_its_boxes_is_refused(tmp_path):
     (lambda r: r.replace("90,60", "nan,60"), "line 3, column 'image_w': 'nan' is not a number"),
     (lambda r: r.replace("40,30,20,10", "-40,30,20,10"), "line 3: the box of central object has a negative size"),
     (lambda r: r.replace("0172", ""), "line 3, column 'question_id': empty"),
-    (lambda r: r.replace("0172", "0171"), "line 3: question_id 0171 stands on line 2 too"),
+    (lambda r: r.replace("0172", "0171"), "line 3: question_id 0171 is already on line 2"),
     (lambda r: r + ",7", "line 3: more fields"), (lambda r: r.rpartition(",")[0], "line 3: fewer fields")])
 def test_a_row_that_cannot_be_read_is_named_by_file_line_and_column(tmp_path, change, words):
     file = write(tmp_path, rows=[ROW["ChooseAttr"], change(ROW["ChooseAttr"].replace("0171", "0172"))])
@@ -102,44 +101,33 @@ def test_an_answer_is_right_if_it_is_the_gold_answer_up_to_case_and_outer_space(
 
 # ---------------------------------------------------------------------------------------------------- from flags
 
-def flags(tmp_path, *argv):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", default=str(tmp_path / "out"))
-    eval_gqa.add_data_flags(parser)
-    return parser.parse_args(list(map(str, argv)))
+def questions(*argv):
+    """The questions that these flags give."""
+    parser = Parser("")
+    parser.add_shared_flags("out")
+    return read_questions(parser.shared(parser.parse_args(list(map(str, argv)))).data)
 
 
-@pytest.fixture
-def photo(tmp_path):
-    file = tmp_path / "photo.png"
-    Image.new("RGB", (90, 60), "red").save(file)
-    return file
-
-
-def ask(tmp_path, *argv, bad=None):
-    return read_questions(flags(tmp_path, *argv), [] if bad is None else bad)
-
-
-def test_an_own_picture_and_question_become_a_question(tmp_path, photo):
-    q, = ask(tmp_path, "--image", photo, "--question", "Is the cup red or blue?", "--answer", "Red",
-             "--options", "blue,red", "--object", "cup", "--box", "1,2,30,40", "--box", "0,0,90,60")
+def test_an_own_picture_and_question_become_a_question(photo):
+    q, = questions("--image", photo, "--question", "Is the cup red or blue?", "--answer", "Red",
+                   "--options", "blue,red", "--object", "cup", "--box", "1,2,30,40", "--box", "0,0,90,60")
     assert (q.answer, q.true_option, q.false_option, q.options) == ("red", "red", "blue", ())
     assert q.boxes == ((1, 2, 30, 40), (0, 0, 90, 60)) and q.objects == ("cup",) and q.open().size == (90, 60)
-    q, = ask(tmp_path, "--image", photo, "--question", "Is the cup red or blue?", "--options", "blue,red")
-    assert (q.true_option, q.options) == ("", ("blue", "red"))      # nobody said which is right
+    q, = questions("--image", photo, "--question", "Is the cup red or blue?", "--options", "blue,red")
+    assert (q.true_option, q.options) == ("", ("blue", "red"))      # it is not known which is right
 
 
-def test_without_data_and_image_the_bundled_questions_are_asked(tmp_path):
-    found = ask(tmp_path)
-    assert {q.task: sum(p.task == q.task for p in found) for q in found} == dict.fromkeys(eval_gqa.TASKS.values(), 20)
+def test_without_data_and_image_the_bundled_questions_are_asked():
+    found = questions()
+    assert {q.task: sum(p.task == q.task for p in found) for q in found} == dict.fromkeys(TASKS.values(), 20)
     assert all(q.open().size == q.size and q.captions for q in found)
-    assert len(ask(tmp_path, "--limit", 3)) == 18
+    assert len(questions("--limit", 3)) == 18
 
 
 def test_limit_takes_the_first_questions_of_each_file(tmp_path):
     rows = [ROW["ChooseAttr"].replace("0171", f"{i:04d}") for i in range(5)]
     files = [write(tmp_path, rows=rows), write(tmp_path, "LogicalObj")]
-    found = ask(tmp_path, "--data", *files, "--images", tmp_path, "--limit", 2)
+    found = questions("--data", *files, "--images", tmp_path, "--limit", 2)
     assert [q.id for q in found] == ["0000", "0001", "0072"]
 
 
@@ -153,15 +141,15 @@ def test_limit_takes_the_first_questions_of_each_file(tmp_path):
     (["--image", "PHOTO", "--question", "Is it?", "--box", "80,2,nan,3"], "not inside the 90x60"),
     (["--image", "nowhere.png", "--question", "Is it?"], "nowhere.png: no such picture"),
     (["--data", "x.csv"], "--images"), (["--data", "x.csv", "--images", "nowhere"], "nowhere: no such folder"),
-    (["--data", "x.csv", "--image", "PHOTO"], "exclude each other")])
-def test_flags_that_do_not_go_together_are_named(tmp_path, photo, argv, words):
+    (["--data", "x.csv", "--image", "PHOTO"], "cannot be combined")])
+def test_flags_that_do_not_go_together_are_named(photo, argv, words):
     with pytest.raises(ValueError, match=words):
-        ask(tmp_path, *(photo if a == "PHOTO" else a for a in argv))
+        questions(*(photo if a == "PHOTO" else a for a in argv))
 
 
 def test_the_same_file_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="ChooseAttr/0171 twice"):
-        ask(tmp_path, "--data", write(tmp_path), write(tmp_path), "--images", tmp_path)
+        questions("--data", write(tmp_path), write(tmp_path), "--images", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- OK-VQA, A-OKVQA
@@ -170,8 +158,8 @@ def test_soft_accuracy_is_vqas():
     """Ten people, n of whom agree: min(1, (n - 1) / 3) weighs n in 10, min(1, n / 3) the rest."""
     for n, wanted in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
         people = [{"race", "racing"}] * n + [{"game"}] * (10 - n)
-        assert eval_gqa.soft_accuracy("Racing.", people, True) == pytest.approx(wanted)
-        assert eval_gqa.soft_accuracy(" race", people, False) == pytest.approx(min(1, n / 3))
+        assert soft_accuracy("Racing.", people, True) == pytest.approx(wanted)
+        assert soft_accuracy(" race", people, False) == pytest.approx(min(1, n / 3))
 
 
 def okvqa(folder):
@@ -193,10 +181,10 @@ def aokvqa(folder):
 
 
 def test_ok_vqas_and_a_okvqas_own_files_are_read(tmp_path):
-    q, = eval_gqa.read_any(okvqa(tmp_path), tmp_path, None, None)
+    q, = read_any(okvqa(tmp_path), tmp_path, None, None)
     assert (q.key, q.image.name, q.answer) == ("OK-VQA/75", "COCO_val2014_000000000007.jpg", "race")
     assert q.right("Racing") and q.right("race.") and q.right("sports") and not q.right("game")
-    q, = eval_gqa.read_any(aokvqa(tmp_path), tmp_path, None, None)             # the difficult one is left out
+    q, = read_any(aokvqa(tmp_path), tmp_path, None, None)                       # the difficult one is left out
     assert (q.key, q.image.name, q.answer) == ("A-OKVQA/a1", "000000000009.jpg", "rain")
     assert q.right("Rain") and not q.right("snow") and not q.right("sun")
 
@@ -209,5 +197,5 @@ def test_vqa_files_of_another_shape_are_named(tmp_path, spoil, words):
     file = aokvqa(tmp_path)
     spoil(file)
     with pytest.raises((ValueError, OSError)) as e:
-        eval_gqa.read_any(file, tmp_path, None, None)
+        read_any(file, tmp_path, None, None)
     assert "aokvqa" in str(e.value) and all(word in str(e.value) for word in words)

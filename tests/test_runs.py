@@ -1,6 +1,6 @@
 """python -m pytest tests/test_runs.py
 
-A run on disk: what a crash leaves, how a run goes on, what it refuses, and one-line errors.
+A run on disk: what a crash leaves, how a run is resumed, and what it refuses.
 """
 import json
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import runs
-from runs import Run, cli
+from harness import runs
+from harness.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("id", "text", "p")
@@ -45,7 +45,7 @@ def test_a_finished_run_has_nothing_left_to_do_and_stays_as_it_is(tmp_path):
     assert whole(tmp_path) == before
 
 
-def test_a_run_that_stopped_goes_on_to_the_same_file(tmp_path):
+def test_a_run_that_was_stopped_is_resumed_to_the_same_file(tmp_path):
     expected = whole(tmp_path / "whole")
     run = start(tmp_path / "parts")
     for i in run.todo(range(5), key=str):
@@ -59,6 +59,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_file(tmp_path):
     assert all(note["rows"] == 2 for note in notes.values())
 
 
+@pytest.mark.slow
 def test_whatever_byte_a_crash_cuts_the_files_at_the_run_comes_out_the_same(tmp_path):
     """The CSV may hold more than the journal says (torn rows) or the journal a torn line: both are dropped."""
     expected = whole(tmp_path)
@@ -75,6 +76,7 @@ def end_of(journal):
     return json.loads(lines[-1])["end"] if lines else 0
 
 
+@pytest.mark.slow
 def test_a_csv_cut_shorter_than_the_journal_says_is_made_whole(tmp_path):
     expected = whole(tmp_path)
     for size in range(0, len(expected), 13):
@@ -82,11 +84,12 @@ def test_a_csv_cut_shorter_than_the_journal_says_is_made_whole(tmp_path):
         assert whole(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_at_most_the_question_it_was_at(tmp_path):
     code = textwrap.dedent(f"""
         import sys, time
         sys.path.insert(0, {str(ROOT)!r})
-        from runs import Run
+        from harness.runs import Run
         run = Run({str(tmp_path)!r}, "x.csv", {COLUMNS!r}, {{"window": 9}})
         for i in run.todo(range(1000), key=str):
             run.write(str(i), [[i, "t", 0.5]] * 3)
@@ -131,7 +134,7 @@ def test_a_run_that_finished_nothing_makes_way_for_another(tmp_path):
 
 def test_files_that_are_no_runs_are_refused_and_left_alone(tmp_path):
     (tmp_path / "x.csv").write_text("mine\n")
-    with pytest.raises(ValueError, match="without a run.json"):
+    with pytest.raises(ValueError, match="no run.json beside it"):
         start(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json is not a run's record"):
@@ -181,49 +184,6 @@ def test_the_progress_bar_counts_what_was_done_before(tmp_path, capsys):
     assert "4/4" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------- errors
-
-def outcome(main, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli(main)
-    return stop.value.code, capsys.readouterr().err
-
-
-def fails(error):
-    def main():
-        raise error
-    return main
-
-
-@pytest.mark.parametrize("error, text", [
-    (ValueError("two\nlines"), "error: two lines\n"),
-    (FileNotFoundError(2, "No such file or directory", "a.csv"), "error: a.csv: No such file or directory\n"),
-    (OSError(28, "No space left on device", "out/x.csv"), "error: out/x.csv: No space left on device\n")])
-def test_what_a_user_can_cause_is_one_line_and_exit_code_2(error, text, capsys, monkeypatch):
-    monkeypatch.delenv("LLAVA_FLOW_TRACEBACK", raising=False)
-    assert outcome(fails(error), capsys) == (2, text)
-
-
-def test_running_out_of_memory_says_what_to_try(capsys):
-    import torch
-    code, err = outcome(fails(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")), capsys)
-    assert code == 2 and err.count("\n") == 1 and "--dtype" in err
-
-
-def test_what_only_we_can_cause_keeps_its_traceback(monkeypatch):
-    for error in (KeyError("x"), RuntimeError("bug"), AssertionError()):
-        with pytest.raises(type(error)):
-            cli(fails(error))
-    monkeypatch.setenv("LLAVA_FLOW_TRACEBACK", "1")
-    with pytest.raises(ValueError):
-        cli(fails(ValueError("x")))
-
-
-def test_ctrl_c_says_that_the_run_can_go_on(capsys):
-    code, err = outcome(fails(KeyboardInterrupt()), capsys)
-    assert code == 130 and "same command" in err
-
-
 def test_a_full_disk_loses_nothing_that_was_finished(tmp_path, monkeypatch):
     run = start(tmp_path)
     run.write("a", [[1, "t", 0.5]])
@@ -250,13 +210,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         runs.write_json(file, {"b": 2})
     assert json.loads(file.read_text()) == {"a": 1}
-
-
-def test_counts_are_whole_numbers_from_1():
-    assert runs.count("12") == 12
-    for text in ("0", "-1", "1.5", "x", ""):
-        with pytest.raises(runs.argparse.ArgumentTypeError):
-            runs.count(text)
 
 
 def test_the_clock_has_a_time_zone():

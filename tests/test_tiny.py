@@ -1,7 +1,7 @@
 """python -m pytest tests/test_tiny.py
 
-The drawn world: what its pictures show, what its questions ask and answer, its files in GQA's formats, and the training
-of a model on it. Answers are checked by an interpreter of GQA's programs that knows the scene graphs alone.
+tiny/world.py, the drawn world: what its pictures show, what its questions ask and answer, and its files in GQA's
+formats. Answers are checked by an interpreter of GQA's programs that knows the scene graphs alone.
 """
 import hashlib
 import json
@@ -10,30 +10,30 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
+from commands import read, refused
 
-import eval_gqa
-import llava_min
-import tiny
+import knockout
+import tiny.world
+from harness.questions import SIX, beside, read_gqa
 
-SCENES = [tiny.scene(3, "val", i) for i in range(150)]
+SCENES = [tiny.world.scene(3, "val", i) for i in range(150)]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A made world: 60 pictures to train on, 60 to test on."""
     folder = tmp_path_factory.mktemp("world")
-    tiny.make(folder, 3, 60, 60)
+    tiny.world.make(folder, 3, 60, 60)
     return folder
 
 
 def every_question(per_scene=2):
     r = random.Random(0)
     for s in SCENES:
-        for asker, (_, _, ask) in enumerate(tiny.ASKERS):
+        for asker, (_, _, ask) in enumerate(tiny.world.ASKERS):
             for _ in range(per_scene):
                 if q := ask(s, r):
-                    yield s, tiny.entry(s, asker, 0, *q)[1]
+                    yield s, tiny.world.entry(s, asker, 0, *q)[1]
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -47,32 +47,32 @@ def test_things_lie_inside_the_picture_apart_from_each_other_and_no_two_share_a_
             for u in s.things:
                 assert t is u or t.x + t.w < u.x or u.x + u.w < t.x or t.y + t.h < u.y or u.y + u.h < t.y
     assert {len(s.things) for s in SCENES} == {2, 3, 4, 5}
-    assert {(s.width, s.height) for s in SCENES} == set(tiny.PHOTOS)
-    assert {t.name for s in SCENES for t in s.things} == set(tiny.SHAPES)
+    assert {(s.width, s.height) for s in SCENES} == set(tiny.world.PHOTOS)
+    assert {t.name for s in SCENES for t in s.things} == set(tiny.world.SHAPES)
 
 
 def test_a_picture_shows_its_things_in_their_colors_and_nothing_else():
     for s in SCENES[:40]:
-        pixels = np.asarray(tiny.draw(s)).astype(int)
+        pixels = np.asarray(tiny.world.draw(s)).astype(int)
         elsewhere = np.ones(pixels.shape[:2], bool)
         for t in s.things:
             box = pixels[t.y:t.y + t.h, t.x:t.x + t.w]
             elsewhere[t.y:t.y + t.h, t.x:t.x + t.w] = False
-            painted = (abs(box - tiny.COLORS[t.color]) <= 10).all(-1)
+            painted = (abs(box - tiny.world.COLORS[t.color]) <= 10).all(-1)
             assert 0.25 < painted.mean() <= 1, (s.id, t)            # the thinnest, moon and star, fill a third of it
             rows, columns = painted.any(1).nonzero()[0], painted.any(0).nonzero()[0]
             assert rows[0] < 0.2 * t.h and rows[-1] > 0.8 * t.h   # and it reaches to the edges of its box
             assert columns[-1] - columns[0] > 0.6 * t.w
         ground = pixels[elsewhere]
-        assert (ground == ground[0]).all() and (abs(ground[0] - tiny.WEATHER[s.weather]) <= 10).all()
+        assert (ground == ground[0]).all() and (abs(ground[0] - tiny.world.WEATHER[s.weather]) <= 10).all()
 
 
 def test_shapes_differ_from_each_other():
     def stencil(name):
-        t = tiny.Thing("1", name, "red", "large", 0, 0, 60, 60)
-        pixels = np.asarray(tiny.draw(tiny.Scene("1", 60, 60, "rainy", (t,)))).astype(int)
-        return (abs(pixels - tiny.COLORS["red"]) <= 10).all(-1)
-    drawn = {name: stencil(name) for name in tiny.SHAPES}
+        t = tiny.world.Thing("1", name, "red", "large", 0, 0, 60, 60)
+        pixels = np.asarray(tiny.world.draw(tiny.world.Scene("1", 60, 60, "rainy", (t,)))).astype(int)
+        return (abs(pixels - tiny.world.COLORS["red"]) <= 10).all(-1)
+    drawn = {name: stencil(name) for name in tiny.world.SHAPES}
     for a in drawn:
         for b in drawn:
             assert a == b or (drawn[a] ^ drawn[b]).mean() > 0.08, (a, b)
@@ -80,7 +80,8 @@ def test_shapes_differ_from_each_other():
 
 def test_no_scene_of_one_split_is_in_the_other():
     def looks(split):
-        return {hashlib.sha256(tiny.draw(tiny.scene(3, split, i)).tobytes()).hexdigest() for i in range(200)}
+        pictures = (tiny.world.draw(tiny.world.scene(3, split, i)) for i in range(200))
+        return {hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures}
     assert len(looks("train")) == len(looks("val")) == 200 and not looks("train") & looks("val")
 
 
@@ -99,7 +100,7 @@ def run_program(program, graph):
         return {"to the left of": ax < bx, "to the right of": ax > bx, "above": ay < by, "below": ay > by}[name]
 
     def attribute(i, kind):
-        words = {"color": tiny.COLORS, "size": tiny.SIZES}[kind]
+        words = {"color": tiny.world.COLORS, "size": tiny.world.SIZES}[kind]
         return next(word for word in objects[i]["attributes"] if word in words)
 
     def having(kind, word, found):
@@ -164,19 +165,19 @@ def run_program(program, graph):
 def test_every_answer_is_the_only_one_its_program_gives_on_the_scene_graph():
     asked = Counter()
     for s, q in every_question():
-        assert run_program(q["semantic"], tiny.scene_graph(s)) == {q["answer"]}, q
+        assert run_program(q["semantic"], tiny.world.scene_graph(s)) == {q["answer"]}, q
         asked[q["types"]["structural"], q["types"]["semantic"]] += 1
-    assert set(asked) == {(a, b) for a, b, _ in tiny.ASKERS} and len(asked) == 15 and min(asked.values()) > 100
+    assert set(asked) == {(a, b) for a, b, _ in tiny.world.ASKERS} and len(asked) == 15 and min(asked.values()) > 100
 
 
 def test_the_relations_of_a_scene_graph_are_those_of_the_boxes():
     for s in SCENES[:50]:
-        objects = tiny.scene_graph(s)["objects"]
+        objects = tiny.world.scene_graph(s)["objects"]
         for o in objects.values():
             for relation in o["relations"]:
                 other, axis = objects[relation["object"]], "xy"[relation["name"] in ("above", "below")]
                 gap = (o[axis] + o["w"] / 2) - (other[axis] + other["w"] / 2)
-                assert abs(gap) >= tiny.CLEAR and (gap < 0) == (relation["name"] in ("to the left of", "above"))
+                assert abs(gap) >= tiny.world.CLEAR and (gap < 0) == (relation["name"] in ("to the left of", "above"))
 
 
 def test_the_words_that_name_things_are_annotated_and_stand_in_the_question():
@@ -185,7 +186,7 @@ def test_the_words_that_name_things_are_annotated_and_stand_in_the_question():
         names = {t.id: t.name for t in s.things}
         annotated = q["annotations"]["question"]
         assert all(words[int(i)].startswith(names[thing]) for i, thing in annotated.items())
-        named = {t.id for t in s.things if any(w.strip("?,.") in (t.name, tiny.plural(t.name)) for w in words)}
+        named = {t.id for t in s.things if any(w.strip("?,.") in (t.name, tiny.world.plural(t.name)) for w in words)}
         assert named == set(annotated.values())
         assert all(i in names for step in q["semantic"] for i in
                    step["argument"].rpartition("(")[2].rstrip(") ").split(",") if i.isdecimal())
@@ -194,14 +195,15 @@ def test_the_words_that_name_things_are_annotated_and_stand_in_the_question():
 def test_phrases_are_true_of_their_things():
     r = random.Random(1)
     for s in SCENES[:60]:
-        for phrase, t in tiny.phrases(s, r):
+        for phrase, t in tiny.world.phrases(s, r):
             words = phrase.split()
             assert (t is None) == ("weather" in words)
             if t is None:
                 assert s.weather in words
                 continue
             assert t.name in words
-            assert not set(words) & (set(tiny.COLORS) - {t.color}) and not set(words) & (set(tiny.SIZES) - {t.size})
+            assert not set(words) & (set(tiny.world.COLORS) - {t.color})
+            assert not set(words) & (set(tiny.world.SIZES) - {t.size})
             x, y = t.center
             for word, truth in {"top": y < s.height / 2, "bottom": y > s.height / 2}.items():
                 assert word not in words or truth
@@ -216,11 +218,12 @@ def test_phrases_are_true_of_their_things():
 
 # ---------------------------------------------------------------------------------------------------- files
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_another_world(world, tmp_path):
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_another_world(call, world, tmp_path):
     def bytes_of(folder):
         return {f.relative_to(folder): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-    tiny.make(tmp_path / "again", 3, 60, 60)
-    tiny.make(tmp_path / "other", 4, 60, 60)
+    code, _, err = call(tiny.world.main, tmp_path / "again", "--seed", 3, "--train", 60, "--val", 60)
+    assert code == 0, err
+    tiny.world.make(tmp_path / "other", 4, 60, 60)
     assert bytes_of(tmp_path / "again") == bytes_of(world)
     ours, theirs = bytes_of(world), bytes_of(tmp_path / "other")
     assert set(ours) == set(theirs) and not [f for f in ours if ours[f] == theirs[f]]
@@ -228,7 +231,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_another_world(worl
 
 def test_what_training_sees_is_what_make_writes(world):
     graphs = json.loads((world / "train_sceneGraphs.json").read_text())
-    assert graphs == {s.id: tiny.scene_graph(s) for s in (tiny.scene(3, "train", i) for i in range(60))}
+    assert graphs == {s.id: tiny.world.scene_graph(s) for s in (tiny.world.scene(3, "train", i) for i in range(60))}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -242,15 +245,15 @@ def test_each_kind_of_question_has_its_answers_equally_often(world, split):
 
 
 def test_no_option_is_favoured_for_its_place(world):
-    found = eval_gqa.read_gqa(world / "val_balanced_questions.json", only=None)
+    found = read_gqa(world / "val_balanced_questions.json", only=None)
     first = [q.question.find(q.true_option) < q.question.find(q.false_option) for q in found if q.true_option]
     assert len(first) > 80 and 0.35 < np.mean(first) < 0.65
 
 
 def test_the_readers_take_a_made_world_as_gqa(world):
     file = world / "val_balanced_questions.json"
-    found = eval_gqa.read_gqa(file, world / "images", **eval_gqa.beside(file))
-    assert {q.task for q in found} == set(eval_gqa.TASKS.values())
+    found = read_gqa(file, world / "images", **beside(file))
+    assert {q.task for q in found} == set(SIX)
     graphs = json.loads((world / "val_sceneGraphs.json").read_text())
     for q in found:
         graph = graphs[q.image.stem]
@@ -264,10 +267,10 @@ def test_the_readers_take_a_made_world_as_gqa(world):
             assert named <= set(q.objects) and (named == set(q.objects) or q.task == "LogicalObj")
         if q.task.startswith("Choose"):
             assert q.true_option == q.answer and q.false_option and q.false_option in q.question
-    everything = eval_gqa.read_gqa(file, only=None)
+    everything = read_gqa(file, only=None)
     assert len({q.task for q in everything}) == 6 + 11  # four of the 15 groups are tasks, two are so in part
-    assert [q.id for q in eval_gqa.read_gqa(file, limit=2)] == [
-        q.id for task in sorted(set(eval_gqa.TASKS.values())) for q in [q for q in found if q.task == task][:2]]
+    assert [q.id for q in read_gqa(file, limit=2)] == [
+        q.id for task in sorted(SIX) for q in [q for q in found if q.task == task][:2]]
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -277,10 +280,10 @@ def test_a_damaged_question_file_is_named(tmp_path, text, message):
     file = tmp_path / "val_balanced_questions.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        eval_gqa.read_gqa(file)
+        read_gqa(file)
     bad = []
     if "question 7" in message:
-        assert eval_gqa.read_gqa(file, bad=bad) == [] and "question 7" in bad[0]
+        assert read_gqa(file, bad=bad) == [] and "question 7" in bad[0]
 
 
 def test_a_box_that_the_scene_graph_lacks_is_named(world, tmp_path):
@@ -289,153 +292,24 @@ def test_a_box_that_the_scene_graph_lacks_is_named(world, tmp_path):
         graph["objects"].popitem()
     (tmp_path / "graphs.json").write_text(json.dumps(graphs))
     with pytest.raises(ValueError, match="val_balanced_questions.json, question 2.*its scene graph has no object 2"):
-        eval_gqa.read_gqa(world / "val_balanced_questions.json", scene_graphs=tmp_path / "graphs.json")
+        read_gqa(world / "val_balanced_questions.json", scene_graphs=tmp_path / "graphs.json")
 
 
-# ---------------------------------------------------------------------------------------------------- training
-
-@pytest.fixture(scope="module", params=[False, True], ids=["pad", "anyres"])
-def fresh(request):
-    model, raw = tiny.build(5, request.param)
-    return model.eval(), raw
-
-
-def test_a_lesson_is_the_prompts_of_llava_min_and_no_text_sees_another(fresh):
-    model, _ = fresh
-    b = tiny.lesson(model, 5, 2, 2, 2)
-    with torch.no_grad():
-        logits, tokens = tiny.replies(model, b)
-    size = tiny.PHOTOS[2] if model.config.aspect == "anyres" else None
-    drawn = (s for s in (tiny.scene(5, "train", 2000 + i) for i in range(100)) if size in (None, (s.width, s.height)))
-    scenes, r, at, first = [next(drawn), next(drawn)], random.Random("5/2"), 0, []
-    for s, texts in [(s, tiny.talk(s, r, 2)) for s in scenes]:
-        for question, reply, brief in texts:
-            p = model.prompt(question, tiny.draw(s), brief=brief)
-            ids = model.tokenizer.encode(reply).ids[1:]             # as after a space: "ASSISTANT: Red"
-            x = torch.cat((model.embed(p), model.decoder.embed_tokens(torch.tensor([ids]))), 1)
-            with torch.no_grad():
-                want = model.decoder.lm_head(model.decoder.norm(model.decoder(x)[0, len(p) - 1:]))
-            n = len(ids) + 1
-            assert tokens[at:at + n].tolist() == [*ids, model.tokenizer.token_to_id("</s>")]
-            torch.testing.assert_close(logits[at:at + n], want, rtol=1e-4, atol=1e-5)
-            first += [at] * brief
-            at += n
-    assert at == len(tokens) and b.answers.tolist() == first
-
-
-def test_a_patch_shows_the_thing_that_covers_most_of_it(fresh):
-    model, _ = fresh
-    c = model.config
-    for s in SCENES[:6]:
-        labels = tiny.patch_labels(s, c).tolist()
-        shown = Counter()
-        for box, label in zip(llava_min.patch_boxes((s.width, s.height), c).tolist(), labels, strict=True):
-            if box[0] != box[0]:                                    # padding or a newline
-                assert label == [-1] * 5 + [0]
-                continue
-            x0, y0, x1, y1 = box
-            parts = [max(0, min(x1, t.x + t.w) - max(x0, t.x)) * max(0, min(y1, t.y + t.h) - max(y0, t.y)) /
-                     ((x1 - x0) * (y1 - y0)) for t in s.things]
-            t = s.things[parts.index(max(parts))]
-            if abs(max(parts) - 0.2) > 1e-4:
-                (x, y), w, h = t.center, s.width, s.height
-                want = [tiny.SHAPES.index(t.name), list(tiny.COLORS).index(t.color), list(tiny.SIZES).index(t.size),
-                        2 if abs(x - w / 2) < 10 else int(x > w / 2), 2 if abs(y - h / 2) < 10 else int(y > h / 2), 1]
-                assert label == (want if max(parts) > 0.2 else [-1] * 5 + [0])
-                shown[t.name] += max(parts) > 0.2
-        assert set(shown) == {t.name for t in s.things} and all(shown.values())
-
-
-def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    def run(folder):
-        tiny.train(folder, steps=(3, 2, 1, 1, 1), batch=2, seed=1, save_every=2)
-    run(tmp_path / "straight")
-    real = tiny.lesson
-
-    def stop(model, seed, step, *rest):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(model, seed, step, *rest)
-    monkeypatch.setattr(tiny, "lesson", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped")
-    assert (tmp_path / "stopped" / "training.safetensors").exists()
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="begun with seed = 1, this is 2"):
-        tiny.train(tmp_path / "stopped", steps=(3, 2, 1, 1, 1), batch=2, seed=2)
-    run(tmp_path / "stopped")
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    assert not (tmp_path / "stopped" / "training.safetensors").exists()
-    with pytest.raises(ValueError, match="holds a finished model"):
-        run(tmp_path / "stopped")
-
-    tiny.train(tmp_path / "on", anyres=True, start=tmp_path / "straight", steps=(0, 0, 1, 0, 0), batch=2)
-    assert llava_min.load(str(tmp_path / "on")).config.aspect == "anyres"
-
-
-def test_a_written_model_loads_to_the_same_answers(fresh, tmp_path):
-    model, raw = fresh
-    tiny.write_model(tmp_path, model, raw)
-    loaded = llava_min.load(str(tmp_path))
-    assert loaded.decoder.norm.weight.dtype == torch.float32        # auto: small models are not rounded further
-    for (name, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(ours.half().float(), theirs), name
-    p = loaded.prompt("Is the circle red or blue?", tiny.draw(SCENES[0]))
-    assert loaded.generate(p) is not None and p.ids == model.prompt(p.question, tiny.draw(SCENES[0])).ids
-
-
-def test_transformers_opens_a_written_model_and_computes_the_same(fresh, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model, raw = fresh
-    tiny.write_model(tmp_path, model, raw)
-    ours = llava_min.load(str(tmp_path), preprocess="hf")
-    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    s = SCENES[0]
-    p = ours.prompt("Is the circle red or blue?", tiny.draw(s))
-    at = p.ids.index(llava_min.IMAGE)
-    ids = p.ids[:at] + [raw["image_token_index"]] * len(p.slots) + p.ids[at + 1:]
-    sizes = {"image_sizes": torch.tensor([[s.height, s.width]])} if model.config.aspect == "anyres" else {}
-    pixels = p.pixels[None] if sizes else p.pixels
-    with torch.no_grad():
-        logits = theirs(input_ids=torch.tensor([ids]), pixel_values=pixels, **sizes).logits
-        torch.testing.assert_close(ours(p), logits[..., :raw["image_token_index"]], rtol=1e-4, atol=1e-4)
-
-
-def test_the_words_of_answers_are_single_tokens_in_both_spellings(fresh):
-    model, _ = fresh
-    for words in tiny.ANSWERS.values():
-        for word in words:
-            for spelling in (word, word.capitalize()):
-                assert len(model.tokenizer.encode(spelling).ids) == 2, spelling   # BOS and the word
-
-
-def test_knockout_reads_a_made_world_by_its_gqa_file(world, checkpoint, tmp_path, monkeypatch):
-    import csv
-
-    import knockout
-    monkeypatch.setattr("sys.argv", ["knockout.py", "--model", str(checkpoint("llava-1.5")), "--all", "--limit", "1",
-                                     "--data", str(world / "val_balanced_questions.json"), "--window", "2", "--images",
-                                     str(world / "images"), "--edge", "related_patches->last", "--out", str(tmp_path)])
-    knockout.main()
-    with open(tmp_path / "knockout.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert {r["task"] for r in rows} == set(eval_gqa.TASKS.values())
+def test_knockout_reads_a_made_world_by_its_gqa_file(call, world, checkpoint, tmp_path):
+    code, _, err = call(knockout.main, "--model", checkpoint("llava-1.5"), "--all", "--limit", 1, "--window", 2,
+                        "--data", world / "val_balanced_questions.json", "--images", world / "images", "--edge",
+                        "related_patches->last", "--out", tmp_path)
+    assert code == 0, err
+    assert {r["task"] for r in read(tmp_path / "knockout.csv")} == set(SIX)
     data = json.loads((tmp_path / "run.json").read_text())["settings"]["data"]
     assert [name.split()[0] for name in data] == ["val_balanced_questions.json", "val_sceneGraphs.json",
                                                   "region_descriptions.json"]
 
 
-@pytest.mark.parametrize(("argv", "parts"), [
-    (("make", "x", "--val", "0", "--train", "0"), ["--train and --val"]), ((), ["required"]),
-    (("train", "x", "--start", "nowhere"), ["nowhere"]), (("score", "--data", "gone.json"), ["gone.json"]),
-    (("score", "--model", "nothing at all"), ["nothing at all"])])
-def test_bad_input_ends_in_one_line_and_exit_code_2(argv, parts, tmp_path, monkeypatch, capsys):
-    from runs import cli
+@pytest.mark.parametrize("argv, parts", [(("x", "--val", 0, "--train", 0), ["--train and --val"]),
+                                         ((), ["required", "DIR"])])
+def test_bad_input_ends_in_one_line_and_exit_code_2(call, tmp_path, monkeypatch, argv, parts):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["tiny.py", *argv])
-    with pytest.raises(SystemExit) as stop:
-        cli(tiny.main)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert all(part in err for part in parts)
+    result = call(tiny.world.main, *argv)
+    refused(result, *parts)
+    assert result[2].count("\n") == 1

@@ -163,7 +163,7 @@ def decoder_of(model):
 
 
 class Cut:
-    """While open, `layers` of the decoder get a mask in which `target` rows may not look at `source` columns."""
+    """While open, `layers` of the decoder get a mask in which no query at `target` attends to a key at `source`."""
 
     def __init__(self, model, T, source=(), target=(), layers=()):
         keep = torch.ones(T, T).tril()

@@ -1,5 +1,5 @@
 """
-runs.py - a long run that can be stopped: progress bar, a durable write per question, resume, run.json, one-line errors.
+harness/runs.py - a long run that can be stopped: progress bar, a durable write per question, resume, run.json.
 
 Needs   tqdm, and torch for what run.json says of the machine. Nothing else of this repo: copy it and it works.
 Use     run = Run(out, "knockout.csv", COLUMNS, settings)
@@ -7,13 +7,12 @@ Use     run = Run(out, "knockout.csv", COLUMNS, settings)
             run.write(question.key, rows)
         run.finish()
 
-What is on disk, in --out:
-    NAME.csv       the rows of every finished question; each question's rows arrive in one write and are synced
-    NAME.progress  one JSON line per finished question: its key, where its rows end in the CSV, and a note. What the CSV
-                   holds beyond the last of these lines was cut off by a crash and is dropped when the run goes on
+Files in the folder `out`:
+    NAME.csv       the rows of every finished question; a question's rows arrive in one write and are synced to disk
+    NAME.progress  one JSON line per finished question: its key, where its rows end in the CSV, and a note. Bytes after
+                   the last recorded end come from a crash and are dropped when the run is resumed
     run.json       settings, command line, versions, times: where the numbers come from
 """
-import argparse
 import csv
 import hashlib
 import io
@@ -30,21 +29,21 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "p
 
 
 class Run:
-    """One run's files. ValueError: the directory holds a run with other settings, or files that are not a run's."""
+    """One run's files. ValueError: the folder holds a run with other settings, or files that are not a run's."""
 
-    def __init__(self, out, name, columns, settings, shard=None, **about):
-        """out: directory, made if absent. name: "x.csv". columns: header. settings: what the numbers depend on.
+    def __init__(self, out, name, columns, settings, shard=None, **extra):
+        """out: folder, made if absent. name: "x.csv". columns: its header. settings: all that the numbers depend on.
 
-        shard: (i, n), this process has each n-th item from the i-th on; its files lie in a folder of their own in `out`
-        until the last shard to finish puts them together. about: what run.json should say besides; it may differ
-        when a run goes on.
+        shard: (i, n): this process does every n-th item, starting at the i-th. Its files lie in a subfolder of `out`
+        until the last shard to finish merges them all. extra: further entries of run.json, which may differ when a run
+        is resumed.
         """
         self.whole, self.shard = Path(out), shard
         self.out = shard_folder(self.whole, *shard) if shard else self.whole
         self.csv = self.out / name
         self.journal, self.info = self.csv.with_suffix(".progress"), self.out / "run.json"
         self.columns, self.settings = list(columns), json.loads(json.dumps(settings))
-        self.done, self.fresh, self.began = {}, 0, time.time()      # done: key -> note of a finished question
+        self.done, self.fresh, self.began = {}, 0, time.time()      # done: key -> note, of every finished question
         self.out.mkdir(parents=True, exist_ok=True)
         calls, clash = self.old_run()
         self.rows = open(self.csv, "r+b" if self.csv.exists() else "w+b")          # noqa: SIM115, closed by close
@@ -52,23 +51,23 @@ class Run:
         end = self.read_journal()
         if clash and self.rows_written():
             raise ValueError(clash)
-        if clash or not self.done:                                  # nothing to lose: start afresh
+        if clash or not self.done:                                  # there is nothing to lose: start over
             self.done, calls, end = {}, [], 0
         self.rows.truncate(end)
         self.rows.seek(end)
         self.log = open(self.journal, "w" if end == 0 else "a", encoding="utf-8")  # noqa: SIM115
         call = {"command": sys.argv, "started": now(), "versions": versions(), "machine": machine()}
-        self.record = {**about, "settings": self.settings, "calls": [*calls, call], "questions": len(self.done)}
+        self.record = {**extra, "settings": self.settings, "calls": [*calls, call], "questions": len(self.done)}
         write_json(self.info, self.record)
         if end == 0:
             self.append([self.columns])
             self.note({"end": self.rows.tell()})
 
     def old_run(self):
-        """The run.json that is there, if any -> (its list of calls, how its settings differ or None)."""
+        """An earlier run.json, if there is one -> (its list of calls, how its settings differ or None)."""
         if not self.info.exists():
             if self.csv.exists() and self.csv.stat().st_size:
-                raise ValueError(f"{self.csv} is there without a run.json: not a run that can go on; use another --out")
+                raise ValueError(f"{self.csv} has no run.json beside it, so it cannot be resumed; use another --out")
             return [], None
         try:
             old = json.loads(self.info.read_text(encoding="utf-8"))
@@ -81,28 +80,29 @@ class Run:
         return calls, clash
 
     def read_journal(self):
-        """Fill `done`; returns where the last finished question's rows end in the CSV (0: nothing there yet)."""
+        """Fill `done` -> where the last finished question's rows end in the CSV (0: nothing is there yet)."""
         end, size = 0, self.csv.stat().st_size
         if not self.journal.exists():
             if size:
-                raise ValueError(f"{self.journal} is gone, without which {self.csv} cannot go on; use another --out")
+                raise ValueError(f"{self.journal} is gone, and {self.csv} cannot be resumed without it; use another "
+                                 "--out")
             return 0
         text, lines = self.journal.read_text(encoding="utf-8", errors="replace"), []
         for line in text.splitlines():
             try:
                 note = json.loads(line)
-                if note["end"] > size:                              # the CSV was cut by someone: believe the CSV
+                if note["end"] > size:                              # the CSV is shorter than noted: believe the CSV
                     break
                 end = note["end"]
             except (ValueError, KeyError, TypeError) as e:
-                if line == text.splitlines()[-1] and lines:         # cut off by a crash
+                if line == text.splitlines()[-1] and lines:         # a crash cut it off
                     break
-                raise ValueError(f"{self.journal} is damaged: {self.csv} cannot go on; use another --out") from e
+                raise ValueError(f"{self.journal} is damaged: {self.csv} cannot be resumed; use another --out") from e
             lines.append(line + "\n")
             if "key" in note:
                 self.done[note["key"]] = note
         if size > len(",".join(self.columns)) + 1 and not lines:
-            raise ValueError(f"{self.journal} is empty, without which {self.csv} cannot go on; use another --out")
+            raise ValueError(f"{self.journal} is empty, and {self.csv} cannot be resumed without it; use another --out")
         if "".join(lines) != text:
             replace_text(self.journal, "".join(lines))
         return end
@@ -112,7 +112,7 @@ class Run:
         return sum(note.get("rows", 0) for note in self.done.values())
 
     def todo(self, items, key):
-        """Yield the items that are not finished, under a progress bar that counts all of them."""
+        """Yield the items that are not finished yet, under a progress bar that counts all of them."""
         from tqdm import tqdm
         items = list(items)
         with tqdm(total=len(items), initial=sum(key(item) in self.done for item in items), unit="question",
@@ -136,24 +136,24 @@ class Run:
             self.rows.write(text.getvalue().encode())
             self.rows.flush()
             os.fsync(self.rows.fileno())
-        except OSError as e:                                        # a full disk: say which file
+        except OSError as e:                                        # a full disk: name the file
             raise OSError(e.errno, e.strerror, str(self.csv)) from e
 
     def note(self, line):
-        self.log.write(json.dumps(line) + "\n")                     # after the rows: without it they do not count
+        self.log.write(json.dumps(line) + "\n")                     # after the rows, which count only with this line
         self.log.flush()
         os.fsync(self.log.fileno())
 
     def close(self):
-        """Let go of the files; what is written stays, and a later run may go on."""
+        """Close the files. What is written stays, and the run can be resumed."""
         self.rows.close()
         self.log.close()
 
     def finish(self, order=()):
         """Close the files and complete run.json.
 
-        A shard that is not the last one to finish ends the process here. The last one puts all shards' files together
-        as one process would have written them, and becomes that run. order: the keys of all items.
+        A shard that is not the last one to finish ends the process here. The last one merges the files of all shards
+        into those that one process would have written, and becomes that run. order: the keys of all items.
         """
         self.close()
         self.record["questions"] = len(self.done)
@@ -163,11 +163,11 @@ class Run:
         if self.shard and not self.merge(order):
             where = self.whole / self.csv.name
             print(f"shard {self.shard[0]} of {self.shard[1]} is done; " + (
-                f"all are together in {where}" if where.exists() else "the last one to finish puts them together"))
+                f"all are merged in {where}" if where.exists() else "the last one to finish merges them"))
             sys.exit(0)
 
     def merge(self, order):
-        """Put the shards together, if all have finished and none has done so. -> was it done?"""
+        """Merge the shards if all have finished and none has merged them yet -> True if this call did."""
         name, calls, notes, pieces = self.csv.name, [], {}, {}
         with open(self.whole / "shards.lock", "w") as gate:
             lock(gate, wait=True)
@@ -198,7 +198,7 @@ class Run:
             self.record |= {"calls": calls, "questions": len(self.done), "shards": self.shard[1]}
             replace_text(self.csv.with_suffix(".progress"), "".join(json.dumps(line) + "\n" for line in lines))
             write_json(self.info, self.record)
-            replace_text(self.csv, b"".join(text).decode())         # last: what is there is whole
+            replace_text(self.csv, b"".join(text).decode())         # last: where there is a CSV, it is whole
         return True
 
 
@@ -206,19 +206,11 @@ def shard_folder(out, i, n):
     return Path(out) / f"shard-{i}-of-{n}"
 
 
-def shard(text):
-    """argparse type: "I/N" -> (I, N), None for the whole. torchrun says the same by RANK and WORLD_SIZE."""
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
-    return (int(i), int(n)) if int(n) > 1 else None
-
-
 def lock(file, wait=False):
-    """Keep a second process out of a run's files until this one ends. ValueError: one is at work there."""
+    """Keep a second process out of a run's files until this one ends. ValueError: another one is writing them."""
     try:
         import fcntl
-    except ImportError:                                             # Windows has no such locks, and works without
+    except ImportError:                                             # Windows has no such locks: nothing is locked
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -246,7 +238,7 @@ def write_json(file, value):
 
 
 def replace_text(file, text):
-    """Write a file so that a crash leaves the old one or the new one, whole."""
+    """Write a file such that a crash leaves either the old one or the new one, whole."""
     new = Path(f"{file}.new")
     with open(new, "w", encoding="utf-8", newline="") as f:
         f.write(text)
@@ -256,17 +248,17 @@ def replace_text(file, text):
 
 
 def versions():
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {"git": git_commit()}
+            installed[name] = None
+    return installed | {"git": git_commit()}
 
 
 def git_commit():
-    """The commit of the checkout this file lies in, "+" if files differ from it; None outside a checkout."""
+    """The commit of the checkout that this file lies in, with "+" if files differ from it; None outside a checkout."""
     def git(*args):
         here = Path(__file__).resolve().parent
         return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True).stdout.strip()
@@ -281,51 +273,3 @@ def machine():
     import torch
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
-
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the module docstring as --help and one-line errors."""
-
-    def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message):
-        print(f"error: {' '.join(message.split())} (--help shows the flags)", file=sys.stderr)
-        sys.exit(2)
-
-
-def count(text):
-    """argparse type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def cli(main):
-    """Run a script's main(). What a user can cause becomes one line on stderr and exit code 2.
-
-    LLAVA_FLOW_TRACEBACK=1 in the environment shows where an error came from instead.
-    """
-    sys.stdout.reconfigure(errors="replace")                        # "?" for a letter that the terminal lacks
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where this one was", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:                                         # `| head` has seen enough; results are on disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
-        full = isinstance(e, MemoryError) or "out of memory" in str(e) or "can't allocate memory" in str(e)
-        if type(e) is RuntimeError and not full or os.environ.get("LLAVA_FLOW_TRACEBACK"):
-            raise
-        if isinstance(e, OSError) and e.strerror:
-            text = f"{e.filename or 'a file'}: {e.strerror}"
-        elif full:
-            text = f"out of memory ({e}); try --dtype bfloat16, a smaller model, or --device cpu"
-        else:
-            text = str(e)
-        print("error: " + " ".join(text.split()), file=sys.stderr)
-        sys.exit(2)

@@ -1,11 +1,11 @@
 """
-plots.py - pictures from the CSVs, one look for all of them.
+harness/plots.py - pictures from the CSVs of runs, all in one style.
 
+Run     python -m harness.plots out/knockout/knockout.csv         draws knockout.png beside it again
 Needs   matplotlib and numpy. Nothing else of this repo: copy it and it works.
-Run     python plots.py out/knockout/knockout.csv                 draws knockout.png beside it, again
 Paper   https://arxiv.org/abs/2411.18620, the layout of figures 3-5
 
-A picture is drawn from a CSV that a run wrote, never from numbers in memory: what is shown is what is on disk.
+A picture is drawn from a CSV that a run wrote, never from numbers in memory: it shows what is on disk.
 """
 import argparse
 import csv
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-# Okabe and Ito's colours: told apart by colour-blind readers, too.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
 def figure(panels, title, x_label, y_label):
-    """An empty figure with a panel per task: (figure, list of axes)."""
+    """An empty figure of so many panels -> (figure, list of axes)."""
     import matplotlib
     matplotlib.use("Agg")                                           # a file, never a window
     from matplotlib import pyplot as plt
@@ -53,10 +53,10 @@ def mean_interval(values):
 
 
 def paired_interval(changes):
-    """changes of right (1) or wrong (0) against the same question's base: (n,) of -1, 0, 1 -> (low, high), 95 %.
+    """The 95 % interval of a change in accuracy. changes (n,): each question's, -1, 0 or 1 -> (low, high).
 
     Half an observation is added to each of the four cells, right or wrong before by right or wrong after (Agresti and
-    Min 2005): without it no change in twenty questions would look like certainty.
+    Min 2005): without it, twenty questions without a change would give an interval of no width.
     """
     changes = np.asarray(changes, dtype=float)
     n = len(changes) + 2
@@ -66,7 +66,7 @@ def paired_interval(changes):
 
 
 def read(file, needed):
-    """A run's CSV -> list of dict. ValueError: not readable, or a column is missing."""
+    """A run's CSV -> list of dict. ValueError: it cannot be read, or a column is missing."""
     try:
         with open(file, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
@@ -88,9 +88,9 @@ def save(fig, file):
 
 
 def knockout(file, picture):
-    """knockout.csv -> a picture: a panel per task, a curve per edge, mean over questions with its 95 % interval.
+    """knockout.csv -> a picture: a panel per task, a curve per edge, the mean over questions with its 95 % interval.
 
-    Rows of several windows, as of figures 7 and 8, get a panel per window. -> what was drawn: {(panel, edge): (layers,
+    Rows of several windows, as in figures 7 and 8, get a panel per window. -> what was drawn: {(panel, edge): (layers,
     mean changes in percent, number of questions)}
     """
     rows = read(file, ("task", "edge", "window", "layer", "change_percent", "question_id"))
@@ -113,7 +113,7 @@ def lens(file, picture):
 def jaccard(file, picture):
     """jaccard.csv -> a picture: a panel per task, a curve per intervention. Returns as `knockout` does."""
     rows = read(file, ("task", "intervention", "window", "layer", "jaccard", "question_id"))
-    where = {"->" in row["intervention"] for row in rows}           # an edge's window is centred, a module's starts
+    where = {"->" in row["intervention"] for row in rows}           # edges: a centred window; modules: its first layer
     return curves(file, rows, picture, "intervention", "jaccard", 1,
                   f"The question's likeliest words with and without, window {windows(rows)}", {
                       (True,): "layer at the centre of the window", (False,): "first layer of the window",
@@ -122,45 +122,45 @@ def jaccard(file, picture):
 
 
 def prune(file, picture):
-    """prune.csv -> a picture: a panel per task; accuracy with its change's 95 % interval, time and FLOPs against X.
+    """prune.csv -> a picture: a panel per task; accuracy with the 95 % interval of its change, time and FLOPs over X.
 
-    -> {task: {X: dict of accuracy, change against X = 0, low and high (of the change's interval), time and flops as
-    shares of those at X = 0 (medians over questions), tokens: image tokens, mean over layers and questions}}
+    -> {task: {X: dict of accuracy; change, from X = 0; low and high, of the change's interval; time and flops, as
+    shares of those at X = 0 (medians over questions); tokens: image tokens, mean over layers and questions}}
     """
     rows = read(file, ("question_id", "task", "removed_layers", "correct", "seconds", "prefill_flops", "image_tokens"))
-    found = defaultdict(lambda: defaultdict(dict))                  # task -> X -> question -> its numbers
+    by_task = defaultdict(lambda: defaultdict(dict))                  # task -> X -> question -> its numbers
     for line, row in enumerate(rows, 2):
         try:
-            found[row["task"]][int(row["removed_layers"])][row["question_id"]] = [
+            by_task[row["task"]][int(row["removed_layers"])][row["question_id"]] = [
                 float(row[name]) for name in ("correct", "seconds", "prefill_flops", "image_tokens")]
         except (TypeError, ValueError):
             raise ValueError(f"{file}, row {line}: a column is not a number") from None
     drawn = defaultdict(dict)
-    for task, by_x in found.items():
+    for task, by_x in by_task.items():
         for X, numbers in sorted(by_x.items()):
             if by_x.get(0, {}).keys() != numbers.keys():
                 raise ValueError(f"{file} does not have the same questions for {X} layers as for 0")
-            these, base = (np.array([one[q] for q in numbers]) for one in (numbers, by_x[0]))
+            these, base = (np.array([v[q] for q in numbers]) for v in (numbers, by_x[0]))
             change = these[:, 0] - base[:, 0]
             low, high = paired_interval(change)
             drawn[task][X] = {"accuracy": these[:, 0].mean(), "change": change.mean(), "low": low, "high": high,
                               "time": np.median(these[:, 1] / base[:, 1]), "flops": np.median(these[:, 2] / base[:, 2]),
                               "tokens": these[:, 3].mean()}
     keep = ", ".join(dict.fromkeys(row.get("keep", "none") for row in rows))
-    fig, axes = figure(len(found), f"Without the image in the last X layers{'' if keep == 'none' else f', but {keep}'}",
-                       "X", "%")
+    title = "Without the image in the last X layers" + ("" if keep == "none" else f", keeping {keep}")
+    fig, axes = figure(len(by_task), title, "X", "%")
     for ax, (task, by_x) in zip(axes, drawn.items(), strict=True):
         xs = list(by_x)
-        for key, colour, label in (("accuracy", COLOURS[0], "accuracy"), ("time", COLOURS[1], "time, of that at X = 0"),
-                                   ("flops", COLOURS[4], "prefill FLOPs, of those at X = 0")):
-            values = np.array([100 * one[key] for one in by_x.values()])
+        for key, colour, label in (("accuracy", COLOURS[0], "accuracy"), ("time", COLOURS[1], "time, % of X = 0"),
+                                   ("flops", COLOURS[4], "prefill FLOPs, % of X = 0")):
+            values = np.array([100 * v[key] for v in by_x.values()])
             line, = ax.plot(xs, values, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
             if key == "accuracy":
-                low, high = (np.clip([values[0] + 100 * one[end] for X, one in by_x.items() if X], 0, 100)
+                low, high = (np.clip([values[0] + 100 * v[end] for X, v in by_x.items() if X], 0, 100)
                              for end in ("low", "high"))
                 ax.fill_between([X for X in xs if X], low, high, color=colour, alpha=0.18, linewidth=0)
-        ax.set_title(f"{task} (n = {len(found[task][0])})", fontsize=9)
-        ax.set_ylim(0, 105 * max(1, *(max(one["time"], one["flops"]) for one in by_x.values())))
+        ax.set_title(f"{task} (n = {len(by_task[task][0])})", fontsize=9)
+        ax.set_ylim(0, 105 * max(1, *(max(v["time"], v["flops"]) for v in by_x.values())))
         ax.xaxis.get_major_locator().set_params(integer=True)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     save(fig, picture)
@@ -168,13 +168,13 @@ def prune(file, picture):
 
 
 def norms(file, picture):
-    """norms.csv -> a picture: a panel per task, how many of a picture's patches have a feature of which norm."""
-    rows, found = read(file, ("question_id", "task", "norm")), defaultdict(lambda: defaultdict(list))
+    """norms.csv -> a picture: a panel per task, a histogram of the norms of a photo's patch features."""
+    rows, by_task = read(file, ("question_id", "task", "norm")), defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[row["task"]][row["question_id"]].append(float(row["norm"]))
-    edges = np.linspace(0, max(60.0, *(max(v) for by_q in found.values() for v in by_q.values())), 61)
-    fig, axes = figure(len(found), "L2 norm of the vision tower's patch features", "norm", "patches of a picture")
-    for ax, (task, by_question) in zip(axes, found.items(), strict=True):
+        by_task[row["task"]][row["question_id"]].append(float(row["norm"]))
+    edges = np.linspace(0, max(60.0, *(max(v) for by_q in by_task.values() for v in by_q.values())), 61)
+    fig, axes = figure(len(by_task), "L2 norm of the vision tower's patch features", "norm", "patches of a picture")
+    for ax, (task, by_question) in zip(axes, by_task.items(), strict=True):
         values = np.concatenate(list(by_question.values()))
         ax.hist(values, edges, weights=np.full(len(values), 1 / len(by_question)), color=COLOURS[0])
         above = (values > 57).sum() / len(by_question)
@@ -190,26 +190,27 @@ def windows(rows):
 
 def curves(file, rows, picture, series, value, scale, title, x_label, y_label, level=None, limits=None, at_least=None,
            panel="task"):
-    """Rows of a run's CSV -> a panel per task, a curve over layers per `series`: means with 95 % intervals.
+    """Rows of a run's CSV -> a panel per value of the column `panel`, a curve over layers per value of `series`: means
+    with 95 % intervals.
 
-    level: where to draw a line that means no change. limits: of the y axis, where values have some. at_least: what the
-    y axis shows at least, so that rounding looks like rounding. panel: another column than the task.
-    -> {(task, series): (layers, means, number of questions)}
+    level: where a line marks "no change". limits: of the y axis, where the values have limits. at_least: a range that
+    the y axis shows in any case, so that differences by rounding do not fill the panel.
+    -> {(panel, series): (layers, means, number of questions)}
     """
-    found = defaultdict(lambda: defaultdict(dict))                  # task -> series -> question -> {layer: value}
+    by_task = defaultdict(lambda: defaultdict(dict))                  # task -> series -> question -> {layer: value}
     for line, row in enumerate(rows, 2):
         name = row["task"] if panel == "task" else f"{panel} {row[panel]}"
-        question = found[name][row[series]].setdefault((row["task"], row["question_id"], row.get("window")), {})
+        question = by_task[name][row[series]].setdefault((row["task"], row["question_id"], row.get("window")), {})
         try:
             question[int(row["layer"])] = scale * float(row[value])
         except (TypeError, ValueError):
             raise ValueError(f"{file}, row {line}: layer or {value} is not a number") from None
-    if len({tuple(q) for named in found.values() for questions in named.values() for q in questions.values()}) > 1:
+    if len({tuple(q) for named in by_task.values() for questions in named.values() for q in questions.values()}) > 1:
         raise ValueError(f"{file} does not have the same layers for every question and {series}")
     names = list(dict.fromkeys(row[series] for row in rows))
-    fig, axes = figure(len(found), title, x_label, y_label)
+    fig, axes = figure(len(by_task), title, x_label, y_label)
     lines, drawn = {}, {}
-    for ax, (task, named) in zip(axes, found.items(), strict=True):
+    for ax, (task, named) in zip(axes, by_task.items(), strict=True):
         counts = []
         for name, questions in named.items():
             layers = sorted({l for q in questions.values() for l in q})
@@ -240,7 +241,7 @@ def curves(file, rows, picture, series, value, scale, title, x_label, y_label, l
 
 
 def accuracy(file, picture):
-    """Table 2 from an accuracy.csv: structure by semantics, in each cell accuracy, interval, number of questions."""
+    """Table 2 from an accuracy.csv: structure by semantics; each cell has accuracy, interval, number of questions."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -263,20 +264,22 @@ def accuracy(file, picture):
     save(fig, picture)
 
 
-def words(title, heads, cells, shares, picture):
-    """A grid of words, layer 0 lowest, coloured by probability. cells, shares: a row per layer, a column per head."""
+def words(title, columns, cells, shares, picture):
+    """A grid of words, layer 0 at the bottom, coloured by probability. cells, shares: a row per layer, a
+    column per name in `columns`."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    shares, longest = np.asarray(shares), max(len(word) for row in (heads, *cells) for word in row)
-    wide = max(5.0, 0.8 + len(heads) * max(0.6, 0.09 * longest))
+    shares, longest = np.asarray(shares), max(len(word) for row in (columns, *cells) for word in row)
+    wide = max(5.0, 0.8 + len(columns) * max(0.6, 0.09 * longest))
     fig, ax = plt.subplots(figsize=(wide, 1.5 + 0.24 * len(cells)), layout="constrained")
     shown = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
     for y, row in enumerate(cells):
         for x, word in enumerate(row):
             ax.text(x, y, drawable(word), ha="center", va="center", fontsize=7, parse_math=False,
                     color="white" if shares[y, x] > 0.55 else "black")
-    ax.set_xticks(range(len(heads)), [drawable(head) for head in heads], fontsize=8, rotation=0 if longest < 6 else 30)
+    ax.set_xticks(range(len(columns)), [drawable(name) for name in columns], fontsize=8,
+                  rotation=0 if longest < 6 else 30)
     for label in ax.get_xticklabels():
         label.set_parse_math(False)
     ax.set_yticks(range(len(cells)), range(len(cells)), fontsize=7)
@@ -287,13 +290,13 @@ def words(title, heads, cells, shares, picture):
 
 
 def patch_words(image, title, boxes, cells, shares, picture):
-    """Words over the patches of a photo, coloured by probability: a panel for patches of one size.
+    """Words over the patches of a photo, coloured by probability; a panel for each of the two most frequent sizes.
 
     image: PIL. boxes (n, 4): x0, y0, x1, y1 of each patch on the photo, NaN for none. cells, shares: n each.
     """
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
-    sizes = defaultdict(list)                                       # the whole view and AnyRes tiles differ
+    sizes = defaultdict(list)                                       # patches of the whole view and of tiles differ
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         if x0 == x0:
             sizes[round((x1 - x0) * (y1 - y0), 1)].append(i)
@@ -316,19 +319,20 @@ def patch_words(image, title, boxes, cells, shares, picture):
 
 
 def drawable(text):
-    """Text with a box for each letter that the picture's font lacks, so that none is left out without a word."""
+    """Text with a box in place of each letter that the picture's font lacks, so that none is left out silently."""
     from matplotlib import font_manager, ft2font
     font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
     return "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "\u25a1" for c in text)
 
 
-def groups(image, prompt, boxes, annotated, picture):
+def groups(image, grouped, boxes, annotated, picture):
     """One question's patch groups on its photo: a panel for the whole view, one for AnyRes tiles.
 
-    image: PIL. prompt: llava_min.Prompt. boxes (n, 4): its patches on the photo. annotated: (x, y, w, h) px.
+    image: PIL. grouped: groups.Groups. boxes (n, 4): its patches on the photo. annotated: (x, y, w, h) px.
     """
     from matplotlib.patches import Rectangle
-    first, named = prompt.groups["image"][0], prompt.groups
+    prompt, named = grouped.prompt, grouped.named
+    first = prompt.image.start
     kinds = [k for k in ("base_patches", "tile_patches") if k in named]
     fig, axes = figure(len(kinds), f"{prompt.question}\n{len(named['image'])} image tokens", "", "")
     for ax, kind in zip(axes, kinds, strict=True):

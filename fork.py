@@ -1,0 +1,185 @@
+"""
+fork.py - many interventions on one prompt, all in one pass over the decoder's layers.
+
+Needs   torch. Nothing else of this repo: copy it and it works with any decoder that has vicuna.py's Decoder and Block.
+Use     clean = clean_pass(decoder, x, positions)
+        ends = run_branches(decoder, clean, masks, [(1, range(0, 9)), (1, range(1, 10))], read=[-1])
+Matches the plain way, one whole forward pass per intervention  (tests/test_fork.py, test_knockout.py)
+
+Attention is causal. A change at position s therefore changes nothing before s, in any layer; one in layer l changes
+nothing below l. What it does change is a *branch*: it forks off the clean pass at its first layer, with the tokens
+from s on alone. Their queries attend to the clean pass's keys and values before s, and to their own from s on.
+
+Four layers, six tokens. The edge from positions 1 and 2 to position 4 is cut in two neighbouring layers at a time.
+Read upwards:
+
+                 clean pass        branches: tokens 4 and 5
+    layer 3      o o o o o o         + +      + +      + +      x x       o  computed once, for all
+    layer 2      o o o o o o         + +      + +      x x      x x       x  computed for a branch, the edge is cut
+    layer 1      o o o o o o         + +      x x      x x       |        +  computed for a branch, nothing is cut
+    layer 0      o o o o o o         x x      x x       |        |        |  not computed: as in the clean pass
+                 0 1 2 3 4 5         cut      cut      cut      cut
+                                    in 0     in 0, 1  in 1, 2  in 2, 3
+
+A branch enters its first layer with the clean stream of tokens 4 and 5. In each layer these two attend to the clean
+keys and values of tokens 0 to 3, and to the branch's own keys and values of tokens 4 and 5. So the layers are applied
+to 24 + 26 tokens in all, instead of 24 + 4 * 24 for four whole runs. (In the last layer, only the tokens that are read
+are computed.) The branches go through a layer in chunks of up to AT_ONCE tokens; its weights are read once per chunk.
+
+Shapes  T tokens  s first token of the branches  n = T - s tokens of a branch  m of them are read  B branches  M masks
+        C width  H heads  K key heads  D head size  V vocabulary  L layers
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+AT_ONCE = 512                                      # tokens of branches that go through a layer together
+IN_SEQUENCE = 256                                  # of them, in attention: see `branch_layer`
+
+
+def causal(T, S=None, device=None):
+    """keep (T, S), True = may attend, for T queries that are the last of S positions.
+
+    causal(3) is  1 0 0
+                  1 1 0
+                  1 1 1
+    """
+    S = T if S is None else S
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def to_mask(keep):
+    """keep (..., T, S), True = may attend -> the paper's additive M (Eq. 4, 7): 0 keeps an edge, -inf cuts it.
+
+    Combine masks as bools and convert once, here, where a query without a key is noticed before its softmax is NaN.
+    ValueError names such query positions.
+    """
+    blind = ~keep.any(-1)
+    if blind.any():
+        first = keep.shape[-1] - keep.shape[-2]                     # the queries are the last T of S positions
+        positions = sorted({first + t for t in blind.nonzero()[:, -1].tolist()})
+        raise ValueError(f"query position(s) {positions[:4]} would attend to nothing: every key is cut")
+    return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------- the clean pass
+
+@dataclass(frozen=True)
+class Clean:
+    """A prompt's pass through the decoder with nothing changed."""
+    stream: list                                   # residual stream (1, T, C) before each layer, after the last: L + 1
+    caches: list                                   # each layer's [keys, values], (1, K, T, D) both: L
+    cos: torch.Tensor                              # the rotation of each token, (T, D)
+    sin: torch.Tensor
+
+
+@torch.inference_mode()
+def clean_pass(decoder, x, positions):
+    """Embeddings x (1, T, C) at `positions` (T,), for rope, -> Clean."""
+    cos, sin = decoder.rope(positions)
+    stream, caches = [x], [[] for _ in decoder.layers]
+    # An explicit mask: with it, SDPA picks the same kernel as in the runs with a cut.
+    mask = to_mask(causal(x.shape[1], device=x.device))
+    for layer, cache in zip(decoder.layers, caches, strict=True):
+        stream.append(layer(stream[-1], cos, sin, mask, cache))
+    return Clean(stream, caches, cos, sin)
+
+
+@torch.inference_mode()
+def unembed(decoder, x):
+    """Residual stream after the last layer (..., C) -> logits (..., V)."""
+    return decoder.lm_head(decoder.norm(x))
+
+
+def probability(logits, token):
+    """Logits (V,) -> the probability of one token (Eq. 6), softmax in float32. FloatingPointError: it is not finite."""
+    return finite(logits.float().softmax(-1)[token].item())
+
+
+def finite(p):
+    if not math.isfinite(p):
+        raise FloatingPointError("non-finite probability: the dtype overflows here; use --dtype bfloat16 or float32")
+    return p
+
+
+# ---------------------------------------------------------------------------------------------------- branches
+
+@torch.inference_mode()
+def run_branches(decoder, clean, masks, branches, read, gates=None, at_once=AT_ONCE):
+    """Run B branches -> the residual stream after the last layer at the positions `read` of each, (B, len(read), C).
+
+    branches: list of (number of a mask, range of layers), sorted by layers.start. The branch has that mask in these
+    layers, and mask 0, which must be plain causal, in all others.
+    masks (M, 1 or H, n, T): additive, for the last n tokens of the prompt.
+    gates (M, 2, n, 1): go with the masks; attention's and the MLP's outputs are multiplied by them, token by token.
+    None, like gates of 1, changes nothing; gates[0] must be 1.
+    read: positions among the n tokens. at_once: how many tokens of branches go through a layer together. With fewer,
+    weights are read more often; with more, memory grows, and on CPUs a token takes longer (bench.py tree).
+    Memory holds all branches' tokens, (B, n, C). ValueError: the branches are not sorted.
+    """
+    first = [layers.start for _, layers in branches]
+    if first != sorted(first):
+        raise ValueError("branches must be sorted by their first layer")
+    n, T = masks.shape[2:]
+    s, L, device = T - n, len(decoder.layers), masks.device
+    cos, sin = clean.cos[s:], clean.sin[s:]
+    # Which mask each branch has in each layer, (L, B). Sent to the device here: the loop never waits for it.
+    which = torch.tensor([[m if i in layers else 0 for m, layers in branches] for i in range(L)]).to(device)
+    read = torch.tensor(read).to(device)
+    x = clean.stream[0][:, s:].expand(0, -1, -1)                    # (B, n, C), no branch yet
+    for i, layer in enumerate(decoder.layers):
+        new = first.count(i)                                        # branches that fork off here
+        x = torch.cat((x, clean.stream[i][:, s:].expand(new, -1, -1)))
+        past = [t[:, :, :s] for t in clean.caches[i]]
+        read_here = read if i + 1 == L else slice(None)             # above the last layer nothing attends to the rest
+        chunks = max(1, math.ceil(len(x) / max(1, at_once // n)))   # of equal size: a small last one is inefficient
+        x = torch.cat([branch_layer(layer, some, cos, sin, past, masks, w, gates, read_here) if len(some) else some
+                       for some, w in zip(x.tensor_split(chunks), which[i, :len(x)].tensor_split(chunks), strict=True)])
+    return x
+
+
+def branch_layer(layer, x, cos, sin, past, masks, which, gates=None, read=slice(None)):
+    """One layer for B branches x (B, n, C) with a common past, [keys, values] (1, K, s, D) -> (B, m, C), those to read.
+
+    masks (M, 1 or H, n, T); which (B,): the mask that each branch has here; gates, read: see run_branches.
+
+    In attention, IN_SEQUENCE tokens at a time are lined up as one sequence, see `attend_lined_up`: a batch would need a
+    copy of the past for every branch, and one sequence of all branches would mostly compute what its mask hides.
+    """
+    per_sequence = max(1, IN_SEQUENCE // x.shape[1])
+    q, k, v = layer.qkv(x, cos, sin)                                # (B, H, n, D), (B, K, n, D)
+    parts = zip(*(t.split(per_sequence) for t in (q[:, :, read], k, v, which)), strict=True)
+    out = torch.cat([attend_lined_up(layer, *qkv, past, masks[w][:, :, read]) for *qkv, w in parts])
+    x, a = x[:, read], layer.output(out)                            # (B, m, C), both
+    if gates is None:
+        x = x + a
+        return x + layer.mlp(x)
+    gate_a, gate_f = gates[which][:, :, read].unbind(1)             # (B, m, 1)
+    x = x + gate_a * a
+    return x + gate_f * layer.mlp(x)
+
+
+def attend_lined_up(layer, q, k, v, past, mask):
+    """Attention of B branches to the past and to themselves, as one sequence with a mask that keeps them apart.
+
+    q (B, H, m, D)  k, v (B, K, n, D)  past 2 x (1, K, s, D)  mask (B, 1 or H, m, s + n)  ->  (B, H, m, D)
+
+    Two branches of two tokens, each with its own causal mask:
+
+                  keys  past      branch 0   branch 1
+        branch 0        1 1 1 1   1 0        . .         . is hidden: a branch attends to the past and to itself
+        branch 0        1 1 1 1   1 1        . .
+        branch 1        1 1 1 1   . .        1 0
+        branch 1        1 1 1 1   . .        1 1
+    """
+    B, H, m, D = q.shape
+    heads, s, n = mask.shape[1], past[0].shape[2], k.shape[2]       # heads: 1 or H
+
+    def line_up(t):                                                 # (B, heads, tokens, D) -> (1, heads, B tokens, D)
+        return t.transpose(0, 1).reshape(1, t.shape[1], -1, t.shape[3])
+    k, v = (torch.cat((old, line_up(new)), 2) for old, new in zip(past, (k, v), strict=True))      # (1, K, s + B n, D)
+    apart = mask.new_full((heads, B, m, B, n), -math.inf)
+    apart.diagonal(0, 1, 3).copy_(mask[..., s:].permute(1, 2, 3, 0))  # the diagonal: a branch's queries, its own keys
+    mask = torch.cat((mask[..., :s].transpose(0, 1).reshape(heads, B * m, s), apart.reshape(heads, B * m, B * n)), -1)
+    return layer.each_head(line_up(q), k, v, mask[None]).view(H, B, m, D).transpose(0, 1)

@@ -1,0 +1,113 @@
+"""python -m pytest tests/test_house.py
+
+The rooms: which file imports which, how long they are, and how far it is from a command to the line that matters.
+"""
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import fork
+import knockout
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {str(file.relative_to(ROOT)): file
+         for part in ("*.py", "harness/*.py", "tiny/*.py") for file in ROOT.glob(part)}
+OURS = {Path(name).stem for name in FILES if "/" not in name} | {"harness", "tiny"}
+
+# What a file may import of ours when it is imported itself. The command lines of instruments import harness/ in `main`
+# and `run`, so that their functions can be copied without it.
+ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py": set(), "fork.py": set(),
+         "llava_min.py": {"vicuna", "llama3", "clip_vit", "views"}, "groups.py": {"views"}, "knockout.py": {"fork"},
+         "lens.py": {"fork", "knockout"}, "prune.py": {"fork", "knockout"}, "eval_gqa.py": {"llava_min"},
+         "harness/runs.py": set(), "harness/plots.py": set(), "harness/hub.py": {"llava_min", "vicuna"},
+         "harness/questions.py": {"llava_min", "groups", "views"},
+         "harness/experiment.py": {"llava_min", "groups", "fork", "harness.hub", "harness.questions", "harness.runs"}}
+
+
+def imports(name):
+    """[(module of ours, is it inside a function?)] of a file."""
+    tree, found = ast.parse(FILES[name].read_text(encoding="utf-8")), []
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{a.name}" for a in node.names] if node.module in ("harness", "tiny") else [
+                node.module]
+        found += [(m, id(node) in inside) for m in modules if m.partition(".")[0] in OURS]
+    return found
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_file_imports_only_what_its_room_allows(name):
+    assert {module for module, inside in imports(name) if not inside} <= ROOMS[name]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name.removesuffix(".py").replace("/", "."): {m for m, _ in imports(name)} for name in FILES}
+    finished = set()
+
+    def visit(module, path):
+        assert module not in path, [*path, module]
+        if module not in finished:
+            for other in graph.get(module, ()):
+                visit(other, (*path, module))
+            finished.add(module)
+    for module in graph:
+        visit(module, ())
+
+
+def test_few_imports_of_ours_stand_inside_functions():
+    lines = [(name, text) for name, file in FILES.items() for text in file.read_text(encoding="utf-8").splitlines()
+             if re.match(rf"\s+(from|import) ({'|'.join(OURS)})\b", text)]
+    assert len(lines) <= 15 and {name for name, _ in lines} == {"knockout.py", "lens.py", "prune.py", "eval_gqa.py"}
+
+
+def test_no_file_is_longer_than_500_lines_and_the_two_that_are_read_first_are_shorter():
+    lengths = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in FILES.items()}
+    lengths |= {f"tests/{file.name}": len(file.read_text(encoding="utf-8").splitlines())
+                for file in (ROOT / "tests").glob("*.py")}
+    assert max(lengths.values()) <= 500, max(lengths, key=lengths.get)
+    assert lengths["knockout.py"] <= 300 and lengths["llava_min.py"] <= 480
+
+
+def line_of(name, text):
+    return 1 + FILES[name].read_text(encoding="utf-8").splitlines().index(text)
+
+
+def test_what_a_reader_came_for_stands_near_the_top():
+    assert line_of("knockout.py", f"{' ' * 8}keep[target[:, None], source] = False".ljust(68) +
+                   "# every query in target, every key in source") <= 60
+    assert line_of("llava_min.py", "class LLaVA(nn.Module):") <= 200
+
+
+def test_from_main_to_equation_7_it_is_five_calls_at_most(call, data, checkpoint, tmp_path):
+    """Frames of this repository between knockout.main and knockout.cut, while a question is measured."""
+    depths = []
+
+    def watch(frame, event, arg):
+        if event == "call" and frame.f_code is knockout.cut.__code__:
+            stack, f = [], frame
+            while f is not None and f.f_code is not knockout.main.__code__:
+                if str(ROOT) == str(Path(f.f_code.co_filename).parent) and f.f_code.co_name != "<listcomp>":
+                    stack.append(f.f_code.co_name)
+                f = f.f_back
+            depths.append(stack)
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--limit", 1, "--edge", "image->question")
+    for flags in ((), ("--plain",)):
+        sys.setprofile(watch)
+        try:
+            code, _, err = call(knockout.main, *argv, *flags, "--out", tmp_path / f"out{len(flags)}")
+        finally:
+            sys.setprofile(None)
+        assert code == 0, err
+    assert depths and max(map(len, depths)) <= 5, max(depths, key=len)
+
+
+def test_the_masks_have_one_home_outside_the_files_that_are_copied_alone():
+    assert knockout.to_mask is fork.to_mask and knockout.causal is fork.causal
+    for name, file in FILES.items():
+        if name not in ("vicuna.py", "llama3.py", "fork.py"):
+            assert not re.search(r"^def (causal|to_mask)\b", file.read_text(encoding="utf-8"), re.MULTILINE), name

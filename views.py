@@ -1,0 +1,218 @@
+"""
+views.py - photo <-> patches: how LLaVA cuts a photo into square views, and which part of it each image token shows.
+
+Needs   torch, numpy, pillow. Nothing else of this repo: copy it and it works.
+Use     g = Geometry(336, 14)                     LLaVA-1.5: one view of 336 px, patches of 14 px
+        views(photo, g)                           the square pictures that go into the vision tower
+        patch_boxes(photo.size, g)                where each image token lies on the photo
+Matches the original LLaVA (mm_utils.py, llava_arch.py) and the paper's object patches  (tests/test_golden.py)
+Paper   LLaVA-1.5, https://arxiv.org/abs/2310.03744; which patches hold an object: https://arxiv.org/abs/2411.18620
+
+    "pad" (LLaVA-1.5)            "anyres" (LLaVA-1.6, NeXT): the whole photo squeezed, then tiles of a larger copy
+
+    +-------------+              +-----+   +-----+-----+     Image tokens: the squeezed view's patches, then the tiles'
+    |/////////////|              |photo|   |//tile/tile|     as one map, row by row. Rows (or columns) of padding are
+    |    photo    |   ->  1 view |     | , |   photo   |     cut off ("unpad"), and a newline token ends each row.
+    |             |              +-----+   +-----+-----+
+    |/////////////|                view 0    views 1, 2
+    +-------------+
+
+Shapes  N views of one photo  P patches of a view  n image tokens  I side of a view in px
+
+(width, height) and (x, y) everywhere, in px of the photo if nothing else is said; a box is (x, y, width, height).
+"""
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What decides how a model cuts a photo. ValueError: views that are not made of whole patches, and the like."""
+    image: int = 336                               # I, side of a view
+    patch: int = 14                                # side of a patch
+    aspect: str = "pad"                            # "pad" or "anyres", see above
+    pinpoints: tuple = ()                          # anyres: sizes that the canvas of tiles may have
+    preprocess: str = "llava"                      # "llava": pad, tile and round as LLaVA; "hf": as transformers
+    fill: tuple = (122, 116, 104)                  # RGB of the padding, 0 to 255: CLIP's mean colour
+
+    def __post_init__(self):
+        if self.image % self.patch:
+            raise ValueError(f"a view of {self.image} px is not made of patches of {self.patch} px")
+        whole = all(len(p) == 2 and all(type(v) is int and v > 0 and v % self.image == 0 for v in p)
+                    for p in self.pinpoints)
+        if self.aspect == "anyres" and not (self.pinpoints and whole):
+            raise ValueError(f"image_grid_pinpoints {self.pinpoints}: not pairs of multiples of {self.image} px")
+
+    @property
+    def side(self):
+        """Patches along one side of a view: 24 for 336 / 14."""
+        return self.image // self.patch
+
+
+def open_image(file):
+    """A photo's file -> PIL RGB image, upright. ValueError: it is missing, broken, too large or no photo."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file) as image:
+                image = ImageOps.exif_transpose(image)              # cameras store the rotation beside the pixels
+                if image.mode.startswith("I;16"):                   # 16-bit grey: convert() would clip it to white
+                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+                if image.mode in ("I", "F"):
+                    raise ValueError(f"its pixels are of Pillow's mode {image.mode!r}; save it with 8 bits a channel")
+                return image.convert("RGB")
+        except FileNotFoundError:
+            raise ValueError(f"{file}: no such picture") from None
+        except UnidentifiedImageError:
+            raise ValueError(f"{file} is not a picture (or of a kind Pillow cannot read)") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from None
+        except (OSError, SyntaxError, ValueError) as e:             # what Pillow raises for broken data
+            raise ValueError(f"{file} cannot be read as a picture: {e}") from None
+
+
+# ---------------------------------------------------------------------------------------------------- photo -> views
+
+def best_canvas(size, g):
+    """AnyRes: the canvas (W, H) that keeps most of the photo; on a tie, the one with least empty area (mm_utils.py)."""
+    w, h = size
+    canvases = [(b, a) if g.preprocess == "hf" else (a, b) for a, b in g.pinpoints]  # transformers: (height, width)
+
+    def merit(canvas):
+        scale = min(canvas[0] / w, canvas[1] / h)
+        kept = min(int(w * scale) * int(h * scale), w * h)          # enlarging a photo adds no pixels
+        return kept, kept - canvas[0] * canvas[1]
+
+    return max(canvases, key=merit)                                 # on a tie, the first in the list
+
+
+def fit(size, canvas):
+    """Scale a photo to fit a canvas: its new size (w, h), and the corner (left, top) at which it is centred."""
+    (w, h), (W, H) = size, canvas
+    new = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
+    return new, ((W - new[0]) // 2, (H - new[1]) // 2)
+
+
+def crop(size, side):
+    """transformers' LLaVA-1.5 scales the short edge to `side` and cuts out the centre: new size, corner of the cut."""
+    w, h = size
+    new = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
+    return new, ((new[0] - side) // 2, (new[1] - side) // 2)
+
+
+def views(image, g, fill=None):
+    """A PIL image -> its N square PIL views of I px. fill: the padding, in the image's mode (the geometry's colour).
+
+    The same code runs on photos and on the one-channel masks that find the patches inside a box.
+    """
+    I, (w, h) = g.image, image.size
+    if g.aspect == "anyres":
+        W, H = best_canvas(image.size, g)
+        new, corner = fit(image.size, (W, H))
+        canvas = Image.new(image.mode, (W, H))                        # black
+        canvas.paste(image.resize(new, BICUBIC), corner)
+        tiles = [canvas.crop((x, y, x + I, y + I)) for y in range(0, H, I) for x in range(0, W, I)]
+        return [image.resize((I, I), BICUBIC), *tiles]              # view 0 is the whole photo, squeezed
+    if g.preprocess == "hf":
+        new, (x, y) = crop(image.size, I)
+        return [image.resize(new, BICUBIC).crop((x, y, x + I, y + I))]
+    side = max(w, h)
+    square = Image.new(image.mode, (side, side), g.fill if fill is None else fill)
+    square.paste(image, ((side - w) // 2, (side - h) // 2))
+    return [square.resize((I, I), BICUBIC)]
+
+
+# ---------------------------------------------------------------------------------------------------- image tokens
+
+def patch_slots(size, g):
+    """Which patch each image token shows: int (n, 3) of view, row, column; (-1, -1, -1) is a newline token.
+
+    A photo of 2 : 1 with pinpoints of 2 x 2 views, 3 x 3 patches a view, gets
+
+        view 0, squeezed     the tiles as one map of 6 x 6 patches, after unpad
+        0  1  2              .  .  .  .  .  .
+        3  4  5              9  10 11 12 13 14  newline 15      the photo fills half of the canvas's height: the
+        6  7  8              16 ...          21  newline 22      rows marked "." are padding and give no token
+                             ...
+    """
+    p, I = g.side, g.image
+    slots = [(0, row, col) for row in range(p) for col in range(p)]
+    if g.aspect == "anyres":
+        (w, h), (W, H) = size, best_canvas(size, g)
+        wide, high = W // I * p, H // I * p                         # the map of all tiles, in patches
+        rows, cols = range(high), range(wide)
+        exact = (lambda x: round(x, 7)) if g.preprocess == "hf" else (lambda x: x)  # transformers rounds before int()
+        if w / h > wide / high:                                     # padding above and below the photo
+            cut = (high - int(exact(h * (wide / w)))) // 2
+            rows = range(cut, high - cut)
+        else:                                                       # padding left and right of it
+            cut = (wide - int(exact(w * (high / h)))) // 2
+            cols = range(cut, wide - cut)
+        for row in rows:
+            slots += [(1 + row // p * (W // I) + col // p, row % p, col % p) for col in cols] + [(-1, -1, -1)]
+    return torch.tensor(slots)
+
+
+def slot_rows(slots, side):
+    """slots (n, 3) -> each token's row in the flattened features of all views, (n,); -1 for a newline.
+
+    features (N P, C) with the newline vector appended as the last row, indexed by this, are the image tokens.
+    """
+    view, row, col = slots.unbind(1)
+    return torch.where(view < 0, -1, view * side ** 2 + row * side + col)
+
+
+def affine(size, g):
+    """The way back: for each view (sx, sy, dx, dy) with  photo x = sx * view x + dx,  photo y = sy * view y + dy."""
+    (w, h), I = size, g.image
+    if g.aspect == "anyres":
+        W, H = best_canvas(size, g)
+        new, (left, top) = fit(size, (W, H))
+        sx, sy = w / new[0], h / new[1]
+        tiles = [(sx, sy, sx * (x - left), sy * (y - top)) for y in range(0, H, I) for x in range(0, W, I)]
+        return [(w / I, h / I, 0, 0), *tiles]
+    if g.preprocess == "hf":
+        new, (x, y) = crop(size, I)
+        return [(w / new[0], h / new[1], x * w / new[0], y * h / new[1])]
+    side = max(w, h)
+    return [(side / I, side / I, -((side - w) // 2), -((side - h) // 2))]
+
+
+def patch_boxes(size, g):
+    """Where each image token lies on the photo: float (n, 4) of x0, y0, x1, y1; NaN for newlines and padding."""
+    slots, maps = patch_slots(size, g), torch.tensor(affine(size, g))  # (n, 3), (N, 4)
+    (w, h), step = size, g.patch
+    scale, shift = maps[slots[:, 0], :2], maps[slots[:, 0], 2:]     # a newline's view, -1, reads a row masked below
+    corner = slots[:, [2, 1]] * step                                # (n, 2) of x, y in the view
+    low, high = scale * corner + shift, scale * (corner + step) + shift
+    limit = torch.tensor([w, h])
+    low, high = low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)
+    boxes = torch.cat((low, high), 1)
+    boxes[(slots[:, 0] < 0) | (low >= high).any(1)] = math.nan      # nothing of the photo is left of it
+    return boxes
+
+
+def patches_in_boxes(size, boxes, g):
+    """Which image tokens show an annotated object: bool (n,), True where the patch has a pixel wholly inside a box.
+
+    A pixel of a view lies wholly inside if a white box on black is still exactly white there after the photo's own
+    resizing; a pixel that the box's border crosses comes out grey. This is the paper's rule.
+    boxes: list of (x, y, w, h), both edges inclusive; what lies outside the photo is cut off.
+    """
+    mask = Image.new("L", size)
+    draw = ImageDraw.Draw(mask)
+    for x, y, w, h in boxes:
+        draw.rectangle((max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])), fill=255)
+    seen = views(mask, g, fill=g.fill[0])                           # as the paper: red of the fill around the mask
+    p, step = g.side, g.patch
+    full = np.stack([np.asarray(view) == 255 for view in seen])     # (N, I, I)
+    inside = torch.from_numpy(full.reshape(-1, p, step, p, step).any((2, 4))).flatten()  # (N P,)
+    rows = slot_rows(patch_slots(size, g), p)
+    return inside[rows] & (rows >= 0)
