@@ -5,11 +5,12 @@
 # make retrain   trains both bundled models again, into out/retrain: two to three hours on 2 CPU cores
 PYTHON ?= python3
 VENV := .venv
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python knockout.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest
 
 retrain: $(VENV)/installed
@@ -17,12 +18,16 @@ retrain: $(VENV)/installed
 	$(VENV)/bin/python -m tiny.train out/retrain/llava-tiny --start out/retrain/first
 	$(VENV)/bin/python -m tiny.train out/retrain/llava-tiny-anyres --anyres --start out/retrain/llava-tiny
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(INSTALL) requirements.txt
+	touch $@
+
+$(VENV)/installed-test: requirements-test.txt $(VENV)/installed
+	$(INSTALL) requirements-test.txt
 	touch $@
 
 clean:

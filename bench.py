@@ -18,6 +18,7 @@ affects all sides alike.
 import csv
 import ctypes
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
 import clip_vit
@@ -39,7 +43,8 @@ import llama3
 import prune
 import vicuna
 from harness import hub, questions
-from harness.experiment import Parser, one_line_errors
+from harness.errors import one_line_errors
+from harness.experiment import Parser
 from harness.runs import machine, versions
 
 WIDE = {"width": 5120, "hidden": 13824, "heads": 40, "kv_heads": 40, "layers": 40}

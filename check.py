@@ -17,14 +17,18 @@ Paper   https://arxiv.org/abs/2411.18620, Eq. 7
 
 Ends with exit code 1 if a check fails.
 """
+import signal
 import sys
 from dataclasses import replace
+
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
 import knockout
 from fork import causal, probability, to_mask, unembed
-from harness import experiment
+from harness import errors, experiment
 from knockout import edge_mask, forward, percent, sweep, window
 
 
@@ -97,7 +101,7 @@ def carried(layer, x, cos, sin, mask, source, heads=None):
 # ---------------------------------------------------------------------------------------------------- command line
 
 def main(argv=None):
-    with experiment.one_line_errors():
+    with errors.one_line_errors():
         sys.exit(run(knockout.parse(experiment.Parser(__doc__), argv)))
 
 

@@ -77,11 +77,18 @@ class Config:
             hidden=int(v["width"] * v.get("mlp_ratio", 4.0)), image=v["image_size"], patch=v["patch_size"]))
 
 
+# Above these, a size is not a model's but a damaged file's, and building it would take hours.
+LARGEST = {"width": 10 ** 5, "layers": 500, "heads": 1000, "hidden": 10 ** 6, "image": 10 ** 4, "patch": 10 ** 4}
+
+
 def check_sizes(c):
     """ValueError names a size in a Config that no model can have."""
-    bad = {key: value for key, value in vars(c).items() if isinstance(value, bool) or not value > 0}
-    if bad or c.width % c.heads:
-        raise ValueError(f"impossible sizes in the config: {bad or c}")
+    bad = {key: value for key, value in vars(c).items() if not (
+        type(value) in ((int,) if key in LARGEST else (int, float)) and 0 < value <= LARGEST.get(key, 10 ** 9))}
+    if bad:
+        raise ValueError(f"impossible sizes in the config: {str(bad)[:300]}")
+    if c.width % c.heads:
+        raise ValueError(f"impossible sizes in the config: width {c.width} for {c.heads} heads")
     return c
 
 
@@ -216,6 +223,9 @@ def stored(file, name=None):
             with safe_open(file, "pt") as f:
                 return list(f.keys()) if name is None else f.get_tensor(name)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not all(isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+                   for key, value in tensors.items()):
+            raise TypeError("it holds something else than named tensors")
         return list(tensors) if name is None else tensors[name]
     except OSError:
         raise                                                       # its message names the file already
@@ -251,6 +261,9 @@ def load_into(model, pairs, rename=lambda name: name, skip=r"rotary_emb\.inv_fre
             raise ValueError(f"{name}: the checkpoint has {tuple(tensor.shape)}, the config wants {tuple(slot.shape)}")
         else:
             slot.data.copy_(tensor)
+            if not slot.data.sum(dtype=torch.float32).isfinite() and not slot.data.isfinite().all():
+                raise ValueError(f"{name}: " + ("it holds NaN or infinity, so the file is broken" if not (
+                    tensor.isfinite().all()) else f"{slot.dtype} is too narrow for it, try a wider --dtype"))
     if want or extra:
         raise ValueError(f"checkpoint does not fit: {len(want)} parameters missing {sorted(want)[:3]}, "
                          f"{len(extra)} tensors extra {extra[:3]}")
@@ -292,7 +305,7 @@ def main():
 
 def fail(message):
     """One line on stderr and exit code 2: for what a user can cause."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    print("error: " + " ".join(str(message).split())[:600], file=sys.stderr)
     sys.exit(2)
 
 

@@ -16,11 +16,16 @@ Shapes  B prompts  T tokens of the longest suffix  P tokens of the shared prefix
 Writes  eval.csv (a row per question), accuracy.csv (a row per group), predictions.json (for GQA's own scorer),
         run.json; with --collect the six files of Table 1.
 """
+import csv
 import json
-import math
+import random
+import signal
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -75,15 +80,11 @@ def normalize(prediction, how):
     return text.rstrip(".").strip() if how == "llava" else text
 
 
-def wilson(right, n, z=1.96):
-    """The 95 % interval of a share: (low, high). Wilson's, which stays within 0 and 1 where few answers are wrong."""
-    p, middle = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def accuracy(rows, group_of, tasks, interval):
+    """Rows of eval.csv -> rows of accuracy.csv: (group, questions, correct, accuracy, low, high), Table 2's order.
 
-
-def accuracy(rows, group_of, tasks):
-    """Rows of eval.csv -> rows of accuracy.csv: (group, questions, correct, accuracy, low, high), Table 2's order."""
+    interval(right, n) -> low, high.
+    """
     counts = defaultdict(list)                                      # a question counts in its group, its task and "all"
     for row in rows:
         for name in {group_of(row["task"]), row["task"] if row["task"] in tasks else None, "all"} - {None}:
@@ -91,7 +92,57 @@ def accuracy(rows, group_of, tasks):
     order = [f"{a}/{b}" for a in STRUCTURES for b in SEMANTICS]
     names = sorted(counts, key=lambda n: (n == "all", n in tasks, order.index(n) if n in order else 99, n))
     table = ((name, len(counts[name]), sum(counts[name])) for name in names)
-    return [(name, n, right, right / n, *wilson(right, n)) for name, n, right in table]
+    return [(name, n, right, right / n, *interval(right, n)) for name, n, right in table]
+
+
+# ---------------------------------------------------------------------------------------------------- Table 1
+
+def paper_row(q, raw):
+    """A question of the six tasks, and its entry in GQA's file, -> a row of the paper's CSV as a dict.
+
+    None where the columns cannot hold it: no object is on the photo, or a name means several objects.
+    """
+    from harness.questions import OBJECTS, program_of
+    _, things = program_of(raw)
+    slots = OBJECTS[1:] if q.task in ("ChooseRel", "CompareAttr", "LogicalObj") else OBJECTS[:1]
+    if not q.boxes or len(things) != len(slots) or any(len(ids) > 1 for _, ids in things):
+        return None
+    boxes = iter(q.boxes)
+    placed = [next(boxes) if ids else ("-",) * 4 for _, ids in things]
+    row = {"question_id": q.id, "img_id": raw["imageId"], "question": q.question, "answer": q.answer}
+    if q.true_option:
+        row |= {"true option": q.true_option, "false option": q.false_option}
+    for slot, (name, ids) in zip(slots, things, strict=True):
+        row |= {f"{slot} name": name, f"{slot} id": ids[0] if ids else "-"}
+    row |= {f"type_{kind}": raw["types"][kind] for kind in ("detailed", "semantic", "structural")}
+    row |= {"operations": str(raw["semantic"]), "captions": q.captions, "image_w": q.size[0], "image_h": q.size[1]}
+    for slot, box in zip(slots, placed, strict=True):
+        row |= {f"{slot} {key}": value for key, value in zip("whxy", (box[2], box[3], box[0], box[1]), strict=True)}
+    return row
+
+
+def collect(folder, file, right, most=1000, seed=0):
+    """Table 1: write at most `most` questions of each task, of those that a model answered right, as CSVs -> paths.
+
+    right: list of Question, with boxes, from the GQA question file `file`. The columns are the paper's.
+    """
+    from harness.questions import SIX, read_json
+    raw, paths, by_task = read_json(file), [], {task: [] for task in SIX}
+    for q in right:
+        if q.task in SIX and (row := paper_row(q, raw[q.id])):
+            by_task[q.task].append(row)
+    for task, rows in by_task.items():
+        if not rows:
+            print(f"{task}: no question was answered right and has its objects on the photo")
+            continue
+        rows = random.Random(f"{seed}/{task}").sample(rows, min(most, len(rows)))
+        paths.append(Path(folder) / f"{Path(file).stem}_{task}.csv")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with open(paths[-1], "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -113,8 +164,8 @@ class Settings:
 
 
 def main(argv=None):
-    from harness import experiment, questions
-    with experiment.one_line_errors():
+    from harness import errors, experiment, questions
+    with errors.one_line_errors():
         run(parse(experiment.Parser(__doc__), questions, argv))
 
 
@@ -128,25 +179,36 @@ def run(s, load=None):
         boxes = {"scene_graphs": s.scene_graphs, "regions": s.regions} if s.collect else {}
         return questions.read_gqa(d.data[0], d.images, bad, d.limit, **boxes, only=None)
     study = experiment.Study(s.shared, load, read)
-    study.open("eval.csv", COLUMNS, prompt=s.prompt, normalize=s.normalize)
+    study.open("eval.csv", COLUMNS, by_photo, prompt=s.prompt, normalize=s.normalize)
     for batch in batches(study, s.batch):
-        with study.skipping_bad():
-            instruction = {"instruction": LLAVA_INSTRUCTION} if s.prompt == "llava" else {}
-            prompts = [q.prompt(study.model, **instruction) for q in batch]
-            for q, ids in zip(batch, answers(study.model, prompts), strict=True):
-                answer = normalize(study.model.words(ids), s.normalize)
-                study.write(q, [[*q.first_columns(answer), int(answer == q.answer.lower())]])
-    study.run.finish([q.key for q in by_photo(study.questions)])
+        try:
+            ask(study, s, batch)
+        except (ValueError, FloatingPointError):                    # one of them is bad: which?
+            for q in batch:
+                with study.skipping_bad(q):
+                    ask(study, s, [q])
+    study.run.finish()
     study.print_bad()
     if not study.run.rows_written():
         raise ValueError("no question could be asked")
     rows = plots.read(study.csv, COLUMNS)
-    write_results(study, rows, accuracy(rows, questions.group_of, questions.SIX), runs.replace_text)
+    paths = []                                                      # all files first: a reader may stop at any line
     if s.collect:
         right = {f"{row['task']}/{row['question_id']}" for row in rows if row["correct"] == "1"}
         chosen = [q for q in study.questions if q.key in right]
-        for path in questions.collect(s.collect, s.shared.data.data[0], chosen, s.most, s.shared.seed):
-            print(f"wrote {path}")
+        paths = collect(s.collect, s.shared.data.data[0], chosen, s.most, s.shared.seed)
+    write_results(study, rows, accuracy(rows, questions.group_of, questions.SIX, plots.wilson), runs.replace_text)
+    for path in paths:
+        print(f"wrote {path}")
+
+
+def ask(study, s, batch):
+    """Ask questions about one photo, and write their rows."""
+    instruction = {"instruction": LLAVA_INSTRUCTION} if s.prompt == "llava" else {}
+    prompts = [q.prompt(study.model, **instruction) for q in batch]
+    for q, ids in zip(batch, answers(study.model, prompts), strict=True):
+        answer = normalize(study.model.words(ids), s.normalize)
+        study.write(q, [[*q.first_columns(answer), int(answer == q.answer.lower())]])
 
 
 def by_photo(questions):

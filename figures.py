@@ -20,17 +20,23 @@ import functools
 import hashlib
 import math
 import re
+import signal
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import eval_gqa
 import knockout
 import lens
 import prune
-from harness import experiment, hub, plots
+from harness import errors, experiment, hub, plots
 from harness.experiment import Shared
 from harness.questions import BUNDLED, SIX, NoRows, NoTask, beside
+from harness.runs import naming
 from knockout import token_layers, window
 from llava_min import read_config, read_json
 
@@ -123,8 +129,8 @@ def norms_pass(shared, edges, load):
     study = experiment.Study(shared, load)
     study.open("norms.csv", ("question_id", "image", "task", "patch", "norm"))
     for q in study.todo():
-        with study.skipping_bad():
-            norms = study.model.patch_norms(q.prompt(study.model)).tolist()
+        with study.skipping_bad(q):
+            norms = experiment.patch_norms(study.model, q.prompt(study.model)).tolist()
             study.write(q, [[q.id, q.image.name, q.task, patch, value] for patch, value in enumerate(norms)
                             if not math.isnan(value)])              # a newline has no feature
     study.finish()
@@ -174,15 +180,11 @@ def folder(a_pass, edges):
 
 
 def rows_of(figure, runs):
-    """A figure's rows out of the CSVs of its passes -> (header, rows)."""
-    head, rows = None, []
+    """Yield a figure's rows, as dicts, out of the CSVs of its passes."""
     for a_pass in passes(figure):
-        with open(runs[a_pass] / PASSES[figure.kind][1], newline="", encoding="utf-8") as f:
-            reader = csv.DictReader(f)
-            head = head or reader.fieldnames
-            rows += [row for row in reader if row.get("edge", row.get("intervention")) in (figure.edges or (
-                row.get("intervention"), None))]
-    return head, rows
+        for row in plots.rows(runs[a_pass] / PASSES[figure.kind][1], (), empty=True):
+            if row.get("edge", row.get("intervention")) in (figure.edges or (row.get("intervention"), None)):
+                yield row
 
 
 def cost(figure):
@@ -228,7 +230,7 @@ class Settings:
 
 
 def main(argv=None):
-    with experiment.one_line_errors():
+    with errors.one_line_errors():
         run(parse(experiment.Parser(__doc__), argv))
 
 
@@ -241,10 +243,13 @@ def run(s):
     load = functools.cache(experiment.load_model)                   # one model for all passes
 
     def do(one_pass, what, to, tasks=None, **how):
-        """One pass into a folder. what: its edges (for tables, --collect). A figure's own tasks replace --tasks."""
-        data = replace(s.shared.data, tasks=tasks or s.shared.data.tasks)
+        """One pass into a folder. what: its edges (for tables, --collect). A figure's own tasks replace --tasks.
+
+        A question of your own is of no task; where it lacks the groups of one figure, the others are drawn.
+        """
+        data = replace(s.shared.data, tasks=(tasks or s.shared.data.tasks) if s.shared.data.data else ())
         try:
-            one_pass(replace(s.shared, data=data, out=str(to)), what, load, **how)
+            one_pass(replace(s.shared, data=data, out=str(to), strict=False), what, load, **how)
         except SystemExit as stop:                                  # a shard, and not the last one to finish
             if stop.code:
                 raise
@@ -321,14 +326,14 @@ def show_figure(name, figure, runs, out):
     """A figure's three files from its passes, if these are complete."""
     if any(not (runs[a_pass] / PASSES[a_pass[0]][1]).exists() for a_pass in passes(figure)):
         return print(f"{name}: not drawn, a pass is incomplete (with shards, the last one to finish draws it)")
-    head, rows = rows_of(figure, runs)
-    if not rows:
+    file, rows = out / f"{name}.csv", rows_of(figure, runs)
+    first = next(rows, None)
+    if first is None:
         return print(f"{name}: no question has its groups")
-    file = out / f"{name}.csv"
-    with open(file, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, head, lineterminator="\n")
+    with naming(file), open(file, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, first, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(chain([first], rows))
     draw(PASSES[figure.kind][2], file)
     print(f"{name}, {figure.title}: {file}, .png, .pdf")
 
@@ -354,7 +359,7 @@ def draw(picture, file):
 def write_table_1(out, answers):
     """Table 1 from the rows of eval_gqa.py and the files it collected -> table_1.csv, its path."""
     asked, file = plots.read(answers, ("task", "correct")), out / "table_1.csv"
-    with open(file, "w", newline="", encoding="utf-8") as f:
+    with naming(file), open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(("task", "questions", "answered right", "collected", "example"))
         for task in SIX:
@@ -381,7 +386,7 @@ def parse(parser, argv=None):
     """The command line -> Settings."""
     parser.add_argument("figures", nargs="*", metavar="N", help="figure numbers, table1, table2, or all")
     parser.add_argument("--list", action="store_true", help="show what there is and stop")
-    parser.add_argument("--max-norm", type=float, metavar="X",
+    parser.add_argument("--max-norm", type=parser.size, metavar="X",
                         help="figure 16: leave out patches of a larger norm (default: 57; for a tower other than CLIP "
                              "ViT-L, the norm that 0.6 %% of patches exceed)")
     parser.add_shared_flags("out/figures")

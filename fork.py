@@ -76,13 +76,17 @@ class Clean:
 
 @torch.inference_mode()
 def clean_pass(decoder, x, positions):
-    """Embeddings x (1, T, C) at `positions` (T,), for rope, -> Clean."""
+    """Embeddings x (1, T, C) at `positions` (T,), for rope, -> Clean. FloatingPointError: a layer overflows, which."""
     cos, sin = decoder.rope(positions)
     stream, caches = [x], [[] for _ in decoder.layers]
     # An explicit mask: with it, SDPA picks the same kernel as in the runs with a cut.
     mask = to_mask(causal(x.shape[1], device=x.device))
     for layer, cache in zip(decoder.layers, caches, strict=True):
         stream.append(layer(stream[-1], cos, sin, mask, cache))
+    good = torch.stack([h.isfinite().all() for h in stream]).tolist()           # the device is waited for once
+    if not all(good):
+        layer = good.index(False) - 1
+        raise not_finite("embeddings" if layer < 0 else f"residual stream after layer {layer}", x.dtype)
     return Clean(stream, caches, cos, sin)
 
 
@@ -94,13 +98,21 @@ def unembed(decoder, x):
 
 def probability(logits, token):
     """Logits (V,) -> the probability of one token (Eq. 6), softmax in float32. FloatingPointError: it is not finite."""
-    return finite(logits.float().softmax(-1)[token].item())
+    return finite(logits.float().softmax(-1)[token].item(), logits.dtype)
 
 
-def finite(p):
+def finite(p, dtype=torch.float32):
+    """The number p, computed in `dtype`, as it is. FloatingPointError: it is NaN or infinite."""
     if not math.isfinite(p):
-        raise FloatingPointError("non-finite probability: the dtype overflows here; use --dtype bfloat16 or float32")
+        raise not_finite("probability", dtype)
     return p
+
+
+def not_finite(what, dtype):
+    """The error about a value that is NaN or infinite, with what helps in that dtype."""
+    wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
+    advice = f"try --dtype {wider}" if wider else "are these weights the published ones?"
+    return FloatingPointError(f"non-finite {what} in {str(dtype).removeprefix('torch.')}: {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------- branches

@@ -169,8 +169,9 @@ class Groups:
     named: dict                                    # name -> sorted positions
     absent: dict                                   # name -> why this question does not have the group
 
-    def positions(self, text):
-        """A group's sorted positions. ValueError: there is no such group; EmptyGroup: not in this question, and why."""
+    def positions(self, text, at_least=1):
+        """A group's sorted positions. ValueError: there is no such group; EmptyGroup: not in this question, and why; or
+        it has fewer tokens than `at_least`."""
         chosen = set()                                              # terms apply from left to right
         for sign, name in parse_group(text):
             if name.startswith("text:"):
@@ -185,6 +186,8 @@ class Groups:
             chosen = chosen.union(some) if sign == "+" else chosen.difference(some)
         if not chosen:
             raise EmptyGroup(f"{text}: no token of this prompt is in it")
+        if len(chosen) < at_least:
+            raise EmptyGroup(f"{text}: it has {len(chosen)} tokens here, not the {at_least} that are asked for")
         return sorted(chosen)
 
     def having(self, name, positions, why="no token of this prompt is in it"):

@@ -19,11 +19,15 @@ Shapes  T tokens  s first target position  n = T - s tokens from there on  L lay
 
 Writes  knockout.csv (a row per question, edge and layer), knockout.png, run.json.
 """
+import signal
 from dataclasses import dataclass
+
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
-from fork import causal, finite, probability, run_branches, to_mask, unembed
+from fork import causal, not_finite, probability, run_branches, to_mask, unembed
 
 
 def cut(keep, source, target, heads=None):
@@ -34,11 +38,8 @@ def cut(keep, source, target, heads=None):
     cut(causal(3), [0], [2]) is  1 0 0
                                  1 1 0
                                  0 1 1
-    heads: a list, to cut the edge for these heads alone; keep is then given and returned as (H, n, T). ValueError:
-    there is no such head.
+    heads: a list, to cut the edge for these heads alone; keep is then given and returned as (H, n, T).
     """
-    if heads is not None and max(heads) >= len(keep):
-        raise ValueError(f"head {max(heads)} is asked for, but the decoder has heads 0 to {len(keep) - 1}")
     keep = keep.clone()                                             # the caller's stays as it is
     source, target = (torch.tensor(p, dtype=torch.long, device=keep.device) for p in (source, target))
     if heads is None:
@@ -54,12 +55,27 @@ def window(layer, k, L):
     return range(max(0, layer - k // 2), min(L, layer + (k + 1) // 2))
 
 
+def check_edge(decoder, T, source, target, heads=None):
+    """ValueError says why this edge cannot be cut in a prompt of T tokens. An empty source may be: it cuts nothing."""
+    H, outside = decoder.config.heads, [i for i in (*source, *target) if not 0 <= i < T]
+    if not target:
+        raise ValueError("no query is given: the target is empty")
+    if outside:
+        raise ValueError(f"position {outside[0]} is not in the prompt, which has {T} tokens")
+    for head in heads or ():
+        if not 0 <= head < H:
+            raise ValueError(f"head {head} is asked for, but the decoder has heads 0 to {H - 1}")
+    if heads is not None and not heads:
+        raise ValueError("no head is given: with heads=None, the edge is cut for all")
+
+
 def edge_mask(decoder, T, source, target, heads=None, first=0):
     """The additive mask of a cut edge, (T, T), or (H, T, T) if it is cut for some heads alone.
 
-    first: only the queries from this position on, (T - first, T); no target may come before it. ValueError: there is
-    no such head, or a query is left with nothing to attend to.
+    first: only the queries from this position on, (T - first, T); no target may come before it. ValueError: see
+    check_edge, or a query is left with nothing to attend to.
     """
+    check_edge(decoder, T, source, target, heads)
     keep = causal(T - first, T)
     if heads is not None:                                           # a mask per head, most of them plain causal
         keep = keep.expand(decoder.config.heads, -1, -1)
@@ -115,7 +131,9 @@ def sweep(decoder, clean, cuts, token, k, heads=None, **how):
     L = len(decoder.layers)
     ends = cut_ends(decoder, clean, cuts, [window(l, k, L) for l in range(L)], heads, **how)
     p = unembed(decoder, ends).float().softmax(-1)[..., token]      # (cuts, L)
-    return [list(map(finite, points)) for points in p.tolist()]     # only here does the CPU wait for the device
+    if not p.isfinite().all():                                      # only here does the CPU wait for the device
+        raise not_finite("probability", ends.dtype)
+    return p.tolist()
 
 
 @torch.inference_mode()
@@ -126,6 +144,8 @@ def cut_ends(decoder, clean, cuts, windows, heads=None, **how):
     the tokens from the first target position s on (see fork.py). The branches of all cuts with the same s run together.
     """
     T, stream, ends, order = clean.stream[0].shape[1], clean.stream[0], [], []
+    for edge in cuts:
+        check_edge(decoder, T, *edge, heads)
     for s in sorted({min(target) for _, target in cuts}):           # figures 3-5: the question's first, and `last`
         mine = [i for i, (_, target) in enumerate(cuts) if min(target) == s]
         # Only the last n = T - s queries get a mask. With all of them and one per head, AnyRes would need gigabytes.
@@ -170,8 +190,8 @@ class Settings:
 
 
 def main(argv=None):
-    from harness import experiment
-    with experiment.one_line_errors():
+    from harness import errors, experiment
+    with errors.one_line_errors():
         run(parse(experiment.Parser(__doc__), argv))
 
 
@@ -184,7 +204,7 @@ def run(s, load=None):
     study.open("knockout.csv", COLUMNS, edges=["->".join(edge) for edge in s.edges], window=s.window,
                paper_spans=s.paper_spans, heads=s.heads, subword=s.subword, plain=s.plain, max_norm=s.max_norm)
     for question in study.todo():                                   # those without rows on disk: a run can be resumed
-        with study.skipping_bad():
+        with study.skipping_bad(question):
             asked = study.ask(question, s.paper_spans, s.subword, s.max_norm)
             # As in the paper, only questions that the model answers right are measured, unless --all is given.
             rows, lacking = measure(study.model.decoder, asked, s) if asked.counts else ((), {})
@@ -230,7 +250,7 @@ def parse(parser, argv=None):
     group.add_argument("--heads", type=parser.numbers, metavar="H,H", help="for these heads alone (default: all)")
     group.add_argument("--subword", choices=("first", "last"), default="first",
                        help="measure the answer's first token, or its last one, given the others (default: first)")
-    group.add_argument("--max-norm", type=float, metavar="X",
+    group.add_argument("--max-norm", type=parser.size, metavar="X",
                        help="leave patches of a larger feature norm out of related and other patches (figure 16)")
     group.add_argument("--paper-spans", action="store_true", help="find words as the paper's code does: hat in What")
     parser.add_shared_flags("out/knockout")
@@ -251,10 +271,11 @@ def show_groups(study, s, draw):
     question = study.questions[0]
     prompt = question.prompt(study.model)
     groups = question.groups(prompt, s.paper_spans)
+    picture = study.out / "groups.png"
+    if prompt.size:
+        draw(question.open(), groups, study.model.patch_boxes(prompt), question.boxes, picture)
     print(groups.table(dict.fromkeys(name for edge in s.edges for name in edge if name not in groups.named)))
     if prompt.size:
-        picture = study.out / "groups.png"
-        draw(question.open(), groups, study.model.patch_boxes(prompt), question.boxes, picture)
         print(f"wrote {picture}")
 
 

@@ -22,12 +22,16 @@ Shapes  T tokens  L layers  C width  n positions  V vocabulary  B branches
 Writes  lens.csv, top.csv or jaccard.csv, a picture of the same name, run.json.
 """
 import csv
+import signal
 from collections import Counter
 from dataclasses import dataclass
 
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
-from fork import causal, finite, run_branches, to_mask, unembed
+from fork import causal, finite, not_finite, run_branches, to_mask, unembed
 from knockout import edge_mask, forward, window
 
 
@@ -56,8 +60,13 @@ def top_words(decoder, stream, at, K, norm):
 
 def word_sets(decoder, x, K=10):
     """x (B, n, C) after the last layer -> B sets of ids: the K most probable words of each of n positions, as one."""
-    # 8 branches at a time: logits (B, n, V) of all of them would not fit into memory.
-    return [set(ids) for part in x.split(8) for ids in unembed(decoder, part).topk(K).indices.flatten(1).tolist()]
+    sets = []
+    for part in x.split(8):                                         # logits (B, n, V) of all would not fit into memory
+        values, ids = unembed(decoder, part).topk(K)
+        if not values.isfinite().all():                             # NaN counts as the largest
+            raise not_finite("logits", x.dtype)
+        sets += map(set, ids.flatten(1).tolist())
+    return sets
 
 
 def jaccard(a, b):
@@ -166,8 +175,8 @@ class Settings:
 
 
 def main(argv=None):
-    from harness import experiment
-    with experiment.one_line_errors():
+    from harness import errors, experiment
+    with errors.one_line_errors():
         run(parse(experiment.Parser(__doc__), argv))
 
 
@@ -184,7 +193,7 @@ def run(s, load=None):
     else:
         study.open("lens.csv", COLUMNS["lens.csv"], norm=s.norm, paper_spans=s.paper_spans)
     for question in study.todo():                                   # those without rows on disk: a run can be resumed
-        with study.skipping_bad():
+        with study.skipping_bad(question):
             asked, rows, lacking = study.ask(question, s.paper_spans), (), {}
             if asked.counts:                                        # answered right, as in the paper, or --all
                 rows, lacking = (measure_jaccard if jaccards else measure_lens)(study.model, asked, s)
@@ -207,8 +216,8 @@ def measure_lens(model, asked, s):
     for kind, word in tracked(asked):
         token = model.tokenizer.encode(word, add_special_tokens=False).ids[0]           # its first, as in the paper
         for layer, value in enumerate(p[:, token].tolist()):
-            rows.append([*asked.first_columns, layer, kind, word, model.tokenizer.id_to_token(token), finite(value),
-                         s.norm])
+            rows.append([*asked.first_columns, layer, kind, word, model.tokenizer.id_to_token(token), 
+                         finite(value, asked.x.dtype), s.norm])
     return rows, {}
 
 
@@ -303,22 +312,24 @@ def show_top(study, s, plots):
                 for rank in range(s.top):
                     write([*asked.first_columns, place, p.tokens[place], layer, 1 + rank,
                            model.tokenizer.id_to_token(ids[layer, n, rank].item()),
-                           finite(values[layer, n, rank].item()), s.norm])
+                           finite(values[layer, n, rank].item(), asked.x.dtype), s.norm])
     title = f"{asked.question.question} {asked.answer}"
-    print(f"{title}   ({s.norm} lens at {s.at})")
+    heading = f"{title}   ({s.norm} lens at {s.at})"                # printed once the files are there
     if patches:                                                     # hundreds of places: one layer's words fit
         layer = L if s.layer is None else s.layer
-        print_common(words)
         plots.patch_words(asked.question.open(), f"{title}\n{s.norm} lens after layer {layer} of {L}",
                           model.patch_boxes(p)[[i - p.image.start for i in places]], [row[0] for row in words[layer]],
                           values[layer, :, 0].tolist(), picture)
+        print(heading)
+        print_common(words)
     else:
         single = len(places) == 1                                   # columns: the ranks of one place, or the places
         titles = [f"{1 + k}." for k in range(s.top)] if single else [repr(p.tokens[i])[1:-1] for i in places]
         cells = [rows[0] if single else [row[0] for row in rows] for rows in words]
         shares = values[:, 0] if single else values[:, :, 0]
-        print_table(titles, cells, shares.tolist())
         plots.words(f"{title}\n{s.norm} lens at {s.at}", titles, cells, shares.tolist(), picture)
+        print(heading)
+        print_table(titles, cells, shares.tolist())
     print(f"wrote {file} and {picture}")
 
 

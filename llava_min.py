@@ -16,12 +16,15 @@ Left out on purpose: several images or turns in one prompt, training, names on t
 """
 import argparse
 import json
-import math
 import re
+import signal
 import sys
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch import nn
@@ -29,7 +32,7 @@ from torch import nn
 import clip_vit
 import llama3
 import vicuna
-from views import Geometry, open_image, patch_boxes, patch_slots, slot_rows, views
+from views import Geometry, open_image, patch_boxes, patch_slots, slot_rows, to_rgb, views
 
 IMAGE = -200                                       # the id that marks the photo's place among the token ids
 INSTRUCTION = " \nAnswer the question using a single word or phrase."  # the paper's, with its space before the newline
@@ -108,8 +111,7 @@ def decoder_config(raw):
 
 
 def check(raw, **plain):
-    odd = {key: raw[key] for key, value in plain.items() if raw.get(key) not in (None, value)}
-    if odd:
+    if odd := {key: raw[key] for key, value in plain.items() if raw.get(key) not in (None, value)}:
         raise ValueError(f"config.json sets {odd}; only {({key: plain[key] for key in odd})} is implemented")
 
 
@@ -171,25 +173,26 @@ class LLaVA(nn.Module):
                                               nn.Linear(c.text.width, c.text.width))
         if c.aspect == "anyres":
             self.image_newline = nn.Parameter(torch.zeros(c.text.width))
-        self.tokenizer, self.stop = None, set()    # set by `load`; stop: the ids that end an answer
+        # Set by `load`; stop: the ids that end an answer; special: texts that are read as control tokens.
+        self.tokenizer, self.stop, self.special = None, set(), ("<image>",)
 
     @property
     def device(self):
         return self.decoder.norm.weight.device
 
     def prompt(self, question, image=None, *, captions=None, brief=True, instruction=INSTRUCTION):
-        """A question about a PIL image (None for a text-only model) -> Prompt.
+        """A question about a PIL image, or a picture's path (None for a text-only model) -> Prompt.
 
         captions: text in place of the image, for a text-only model (appendix G of the paper). brief: append
         `instruction`, which asks for one word; with the paper's own, PAPER_END of the decoder file ends the prompt.
-        ValueError: image or text-only model where the other is needed; a question that is empty, no text, or holds
-        <image>; more tokens than the model takes; a tokenizer of another model.
+        ValueError: image or text-only model where the other is needed; a question that is empty or no text, or holds a
+        special token, as do captions; more tokens than the model takes; a tokenizer of another model.
         """
         if not question.strip():                                    # the checks come before any work on the photo
             raise ValueError("the question is empty")
         question.encode()                                           # ValueError: bytes of the shell that are no text
-        if "<image>" in question:
-            raise ValueError("the question holds <image>, which stands for the picture; leave it out")
+        if special := [token for token in self.special if token in f"{question}\n{captions}"]:
+            raise ValueError(f"the text holds {special[0]}, which would end a message or stand for a picture")
         if (image is None) == bool(self.config.vision):
             raise ValueError("this model needs an image" if image is None else "this model is text-only: no image")
         c, file = self.config, self.config.decoder_file
@@ -197,9 +200,9 @@ class LLaVA(nn.Module):
         context = "<image>\n" if image is not None else f"{captions}\n" if captions else ""
         text = before + context + question + instruction + after + file.PAPER_END * (instruction == INSTRUCTION)
         ids, spans = tokenize(self.tokenizer, text, file.BOS and self.tokenizer.token_to_id(file.BOS))
-        tokens = ["" if i == IMAGE else self.tokenizer.id_to_token(i) for i in ids]
-        photo = {}
+        tokens, photo = ["" if i == IMAGE else self.tokenizer.id_to_token(i) for i in ids], {}
         if image is not None:                                       # n image tokens take the place of the one mark
+            image = open_image(image) if isinstance(image, str | Path) else to_rgb(image)
             first, g = ids.index(IMAGE), c.geometry
             slots, pixels = patch_slots(image.size, g), [clip_vit.to_pixels(view) for view in views(image, g)]
             n = len(slots)
@@ -207,16 +210,13 @@ class LLaVA(nn.Module):
             photo = {"image": range(first, first + n), "slots": slots, "pixels": torch.stack(pixels),
                      "size": image.size, "geometry": g}
         if max(ids) >= c.text.vocab:
-            raise ValueError(f"the tokenizer gives id {max(ids)}, but the model has a vocabulary of {c.text.vocab}: "
-                             "they are not of one model")
+            raise ValueError(f"the tokenizer gives id {max(ids)}, beyond this model's vocabulary of {c.text.vocab}")
         if len(tokens) > c.text.positions:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the model takes {c.text.positions}")
-        start = len(before) + len(context)                          # character spans, for groups.py
-        end = start + len(question)
+        start, end = len(before + context), len(before + context + question)        # character spans, for groups.py
         parts = {"message": (len(before), len(text)), "question": (start, end),
                  "instruction": (end, end + len(instruction))}
-        if captions and image is None:
-            parts["captions"] = len(before), start - 1
+        parts |= {"captions": (len(before), start - 1)} if captions and image is None else {}
         return Prompt(text, question, parts, ids, tokens, spans, torch.arange(len(tokens), device=self.device), **photo)
 
     def patch_boxes(self, p):
@@ -233,12 +233,6 @@ class LLaVA(nn.Module):
         if self.config.aspect == "anyres":
             features = torch.cat((features, self.image_newline[None]))
         return features[slot_rows(p.slots, p.geometry.side).to(self.device)]     # a newline's row is -1, the last
-
-    @torch.inference_mode()
-    def patch_norms(self, p):
-        """Prompt -> L2 norm of the tower's feature of each image token, (n,) float32; NaN for newlines (figure 15)."""
-        rows = slot_rows(p.slots, p.geometry.side).to(self.device)
-        return self.patch_features(p).float().norm(dim=-1)[rows].masked_fill(rows < 0, math.nan)
 
     @torch.inference_mode()
     def embed(self, p):
@@ -275,8 +269,7 @@ class LLaVA(nn.Module):
         ids, going = [[] for _ in logits], set(range(len(logits)))
         for left in range(min(max_new_tokens, self.config.text.positions - int(at.max())), 0, -1):
             if not logits.isfinite().all():
-                raise FloatingPointError("non-finite logits: the weights are broken or --dtype is too narrow for them; "
-                                         "try --dtype bfloat16 or float32")
+                raise FloatingPointError(f"non-finite logits: {logits.dtype} is too narrow, or weights are broken")
             best = logits.argmax(-1)
             for b, token in enumerate(best.tolist()):               # waits for the device, once a step
                 if token in self.stop:
@@ -302,7 +295,7 @@ class LLaVA(nn.Module):
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------- files, loading
 
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # timm's own may lie beside them
@@ -343,10 +336,11 @@ def pick(get, kind="model"):
     elif index is None:
         missing.append(" or ".join(OPEN_CLIP_WEIGHTS if open_clip else WEIGHTS))
     elif index.suffix == ".json":                                   # it names the shards
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{index} is not an index of shards ({e})") from e
+        names = read_json(index).get("weight_map")                  # a name stays inside the folder
+        if not (isinstance(names, dict) and names and all(
+                isinstance(n, str) and Path(n).name == n and n != ".." and "\0" not in n for n in names.values())):
+            raise ValueError(f"{index} is not an index of shards: its weight_map does not name files beside it")
+        shards = sorted(set(names.values()))
         files["weights"] = tuple(map(get, shards))
         missing += [shard for shard, path in zip(shards, files["weights"], strict=True) if not path]
     else:
@@ -365,27 +359,29 @@ def find_files(folder, kind="model"):
 
 
 def tower_kind(files):
-    """What a checkpoint still needs from the vision tower that its config.json names (original layout) -> "tower": all
-    of it; "tower config": it holds the tower's weights itself (1.6, NeXT); None: nothing (transformers' layout)."""
+    """What is still needed from the vision tower that config.json names (original layout) -> "tower": all of it; "tower
+    config": the checkpoint holds its weights (1.6, NeXT); None: nothing (transformers' layout)."""
     raw = read_json(files.config)
     if "text_config" in raw or not raw.get("mm_vision_tower"):
         return None
+    if not isinstance(tower := raw["mm_vision_tower"], str):
+        raise ValueError(f"{files.config}: mm_vision_tower is {tower!r}, not a name")
     names = (name for file in files.weights for name in vicuna.stored(file))
     return "tower config" if any("vision_tower" in name for name in names) else "tower"
 
 
 def read_json(file, kind=dict):
     """A JSON file -> dict, or list where that is the kind wanted. ValueError: it holds something else."""
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{file} is not a file, but a folder, a pipe or a device")
     try:
         raw = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is not JSON ({e})") from e
     if not isinstance(raw, kind):
         raise ValueError(f"{file} is not a JSON {'list' if kind is list else 'object'}")
     return raw
 
-
-# ---------------------------------------------------------------------------------------------------- loading
 
 # Checkpoint name -> ours: the original's layout, transformers' hub layout, what transformers 4.52 to 5 keep and write.
 RENAME = [(r"^(model\.)?(vision_tower\.)+(vision_model\.)?", "vision_tower."),
@@ -449,8 +445,12 @@ def load(folder, dtype=torch.float32, device="cpu", vision_tower=None, preproces
     if file.BOS and model.tokenizer.token_to_id(file.BOS) is None:
         raise ValueError(f"{files.tokenizer} has no {file.BOS}: it is not this model's tokenizer")
     ends = [read_json(f).get("eos_token_id") for f in (files.config, files.generation) if f]  # an id, or a list
-    ends += map(model.tokenizer.token_to_id, file.EOS)
-    model.stop = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
+    ends = [i for end in ends for i in (end if isinstance(end, list) else [end])]
+    if odd := [i for i in ends if type(i) not in (int, type(None))]:
+        raise ValueError(f"{files.config.parent}: the eos_token_id {odd[0]!r} is not a token id")
+    model.stop = {*ends, *map(model.tokenizer.token_to_id, file.EOS)} - {None}
+    model.special += tuple(t.content for t in model.tokenizer.get_added_tokens_decoder().values()
+                           if t.special and t.content)
     return model
 
 

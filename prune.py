@@ -20,11 +20,17 @@ Shapes  T tokens  L layers  X layers without the image  H heads  K key heads  D 
 Writes  prune.csv (a row per question and X), prune.png, run.json.
 """
 import argparse
+import json
 import random
+import signal
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median
+
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -103,22 +109,23 @@ class Settings:
 
 
 def main(argv=None):
-    from harness import experiment
-    with experiment.one_line_errors():
+    from harness import errors, experiment
+    with errors.one_line_errors():
         run(parse(experiment.Parser(__doc__), argv))
 
 
 def run(s, load=None):
     """Ask every question with and without the image in the last X layers, write its rows; then draw."""
-    from harness import experiment, plots
+    from harness import experiment, hub, plots
     study = experiment.Study(s.shared, load)
     if not study.config.vision:
         raise ValueError(f"--model {s.shared.model.name} is text-only: it has no image to drop")
-    removed = choose_removed(s, study.config.text.layers, plots.read)
+    weights = hub.weights_hash(study.checkpoint.files) if s.suggest else None
+    removed = choose_removed(s, study.config.text.layers, plots.rows, weights)
     study.open("prune.csv", COLUMNS, last=removed, keep=s.keep, repeats=s.repeats, seed=s.shared.seed)
     warm = False
     for question in study.todo():                                   # those without rows on disk: a run can be resumed
-        with study.skipping_bad():
+        with study.skipping_bad(question):
             prompt = question.prompt(study.model)
             try:
                 stay = staying(question.groups(prompt), s, question.key)
@@ -133,12 +140,14 @@ def run(s, load=None):
     study.finish()
     picture = study.csv.with_suffix(".png")
     print_table(plots.prune(study.csv, picture))
+    if not all(question.answer for question in study.questions):
+        print("where no answer is known, accuracy is agreement with the answer that the whole image gives")
     print(f"wrote {study.csv}, {picture} and {study.info}")
 
 
-def choose_removed(s, L, read):
+def choose_removed(s, L, rows, weights):
     """The X that a run measures, 0 among them, as a sorted list. ValueError: more layers than the model has."""
-    removed = [suggest(s.suggest, L, s.tolerance, read)] if s.suggest else s.last
+    removed = [suggest(s.suggest, L, s.tolerance, rows, weights)] if s.suggest else s.last
     removed = sorted({0, *(removed or range(0, L, 5 if L > 20 else 1))})        # 0 is every question's baseline
     if removed[-1] > L:
         raise ValueError(f"--last {removed[-1]}: the model has {L} layers")
@@ -148,11 +157,11 @@ def choose_removed(s, L, read):
 
 
 def staying(groups, s, key):
-    """--keep -> image tokens that stay, or how many. EmptyGroup: the question has no such patches."""
+    """--keep -> image tokens that stay, or how many. EmptyGroup: the prompt has no such patches, or fewer."""
     kind, _, n = s.keep.partition(":")
-    image = groups.positions("image")
+    image = groups.positions("image", at_least=max(1, int(n or 0)))
     if kind == "random":                                            # the same tokens whenever the question is asked
-        return random.Random(f"{s.shared.seed}/{key}").sample(image, min(int(n), len(image)))
+        return random.Random(f"{s.shared.seed}/{key}").sample(image, int(n))
     return groups.positions("related_patches") if kind == "related" else int(n) if kind == "attended" else ()
 
 
@@ -178,16 +187,20 @@ def clock(device):
 
 
 def rows_of(model, question, prompt, timed, s):
-    """What `measure` found -> (rows of prune.csv, was the answer with the whole image right)."""
-    T, n_image, L, rows = len(prompt), len(prompt.image), len(model.decoder.layers), []
+    """What `measure` found -> (rows of prune.csv, was the answer with the whole image right).
+
+    Where no answer is known, the one with the whole image counts as right: what is measured is agreement with it.
+    """
+    T, n_image, L, rows, whole = len(prompt), len(prompt.image), len(model.decoder.layers), [], timed[0][0][0]
+    right = question.right if question.answer else lambda answer: answer == whole
     for X, turns in timed.items():
         answer, left, size = turns[0][:3]
         prefilling, decoding = (median(column) for column in list(zip(*turns[-s.repeats:], strict=True))[3:])
         counts = [T] * (L - X) + [T - n_image + left] * X
         in_a_layer = sum(n - T + n_image for n in counts) / L       # image tokens, on average
-        rows.append([*question.first_columns(answer), X, int(question.right(answer)), in_a_layer, prefilling + decoding,
+        rows.append([*question.first_columns(answer), X, int(right(answer)), in_a_layer, prefilling + decoding,
                      flops(model.decoder.config, counts), prefilling, decoding, size, s.keep])
-    return rows, question.right(timed[0][0][0])
+    return rows, right(whole)
 
 
 def print_table(drawn):
@@ -204,18 +217,23 @@ def print_table(drawn):
           "over layers")
 
 
-def suggest(file, L, tolerance, read):
+def suggest(file, L, tolerance, rows, weights=None):
     """A knockout.csv -> X: the number of top layers in which its curves show no effect of an edge from the image.
 
     A window matters if an edge from the image changes P(answer), on average over the questions of some task, by more
     than `tolerance` percent. X counts the layers from the first layer of the window after the last one that matters.
-    ValueError: the file has no edge from the image, or is of another model.
+    weights: the model's hash, which the run.json beside the file, if there is one, has to name. ValueError: the file
+    has no edge from the image, is of another model, or the image matters up to the last layer.
     """
+    of_model(file, weights)
     changes_at, k, edges = defaultdict(list), 1, set()
-    for row in read(file, ("edge", "task", "layer", "change_percent", "window")):
+    for line, row in enumerate(rows(file, ("edge", "task", "layer", "change_percent", "window")), 2):
         if row["edge"].split("->")[0] in ("image", "related_patches", "other_patches"):
-            changes_at[row["edge"], row["task"], int(row["layer"])].append(float(row["change_percent"]))
-            k = int(row["window"])
+            try:
+                changes_at[row["edge"], row["task"], int(row["layer"])].append(float(row["change_percent"]))
+                k = int(row["window"])
+            except (TypeError, ValueError):
+                raise ValueError(f"--suggest {file}, row {line}: layer, window or change is not a number") from None
             edges.add(row["edge"])
     if not changes_at:
         raise ValueError(f"--suggest {file}: no edge from the image in it; run knockout.py --edge \"image->question\"")
@@ -225,9 +243,26 @@ def suggest(file, L, tolerance, read):
     matters = [layer for (_, _, layer), changes in changes_at.items() if abs(mean(changes)) > tolerance]
     free = 1 + max(matters, default=-1)                             # the first centre from which on none matters
     first = window(free, k, L).start if free < L else L
+    if first == L:
+        raise ValueError(f"--suggest {file}: {', '.join(sorted(edges))} changes P(answer) by more than {tolerance:g} % "
+                         "up to the last layer, so there is no layer to leave the image out of")
     print(f"{file}: from layer {first} on no window of {k} layers changes P(answer) by more than {tolerance:g} % on "
           f"average ({', '.join(sorted(edges))}): --last {L - first}")
     return L - first
+
+
+def of_model(file, weights):
+    """ValueError: the run.json beside a knockout.csv is of a model with other weights."""
+    info = Path(file).with_name("run.json")
+    if not info.is_file():                                          # a figure's CSV: its number of layers must do
+        return
+    try:
+        record = json.loads(info.read_text(encoding="utf-8"))
+        theirs, name = record["settings"]["weights"], record.get("model")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{info} is not a run's record ({type(e).__name__}: {e})") from e
+    if theirs != weights:
+        raise ValueError(f"--suggest {file} is of {name}, whose weights are not those of this model")
 
 
 def parse(parser, argv=None):
@@ -238,7 +273,7 @@ def parse(parser, argv=None):
     group.add_argument("--keep", type=keeping, default="none", metavar="WHICH",
                        help="image tokens that stay: none, related, random:N or attended:N (default: none)")
     group.add_argument("--suggest", metavar="CSV", help="take X from a knockout.csv of this model")
-    group.add_argument("--tolerance", type=float, default=1.0, metavar="PERCENT",
+    group.add_argument("--tolerance", type=parser.size, default=1.0, metavar="PERCENT",
                        help="--suggest: the change of P(answer) that does not matter (default: 1)")
     group.add_argument("--repeats", type=parser.count, default=3, metavar="N",
                        help="timings of each X; medians count (default: 3)")

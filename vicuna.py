@@ -58,12 +58,15 @@ class Config:
         if "text_config" in raw:
             raise ValueError("this config.json describes a whole LLaVA: load it with llava_min.py")
         rope = raw.get("rope_parameters") or {}                     # transformers 5 keeps rope_theta in here
+        if not isinstance(rope, dict):
+            raise ValueError(f"config.json sets rope_parameters={rope!r}, which is not an object")
         config = cls(vocab=raw.get("vocab_size", 32000), width=raw.get("hidden_size", 4096),
                      layers=raw.get("num_hidden_layers", 32), heads=raw.get("num_attention_heads", 32),
                      kv_heads=raw.get("num_key_value_heads") or raw.get("num_attention_heads", 32),
                      hidden=raw.get("intermediate_size", 11008),
                      rope_base=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
                      norm_eps=raw.get("rms_norm_eps", 1e-6), positions=raw.get("max_position_embeddings", 2048))
+        check_sizes(config)
         # Each of these has one value that the code below implements. Anything else must not pass silently.
         plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
                  "rope_scaling": None, "quantization_config": None, "sliding_window": None,
@@ -77,7 +80,7 @@ class Config:
             odd["num_key_value_heads"] = config.kv_heads            # grouped-query attention is llama3.py's
         if odd:
             raise ValueError(f"config.json sets {odd}: that would change the arithmetic and is not implemented here")
-        return check_sizes(config)
+        return config
 
 
 def reads(raw):
@@ -86,11 +89,19 @@ def reads(raw):
     return (raw.get("num_key_value_heads") or heads) == heads
 
 
+# Above these, a size is not a model's but a damaged file's, and building it would take hours.
+LARGEST = {"vocab": 10 ** 6, "width": 10 ** 5, "layers": 500, "heads": 1000, "kv_heads": 1000, "hidden": 10 ** 6,
+           "positions": 10 ** 8}
+
+
 def check_sizes(c):
     """ValueError names a size in a Config that no model can have."""
-    bad = {key: value for key, value in vars(c).items() if isinstance(value, bool) or not value > 0}
-    if bad or c.width % c.heads or c.head_size % 2:                 # rope rotates pairs
-        raise ValueError(f"impossible sizes in the config: {bad or c}")
+    bad = {key: value for key, value in vars(c).items() if not (
+        type(value) in ((int,) if key in LARGEST else (int, float)) and 0 < value <= LARGEST.get(key, 10 ** 9))}
+    if bad:
+        raise ValueError(f"impossible sizes in the config: {str(bad)[:300]}")
+    if c.width % c.heads or c.head_size % 2:                        # rope rotates pairs
+        raise ValueError(f"impossible sizes in the config: width {c.width} for {c.heads} heads")
     return c
 
 
@@ -286,6 +297,9 @@ def stored(file, name=None):
             with safe_open(file, "pt") as f:
                 return list(f.keys()) if name is None else f.get_tensor(name)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not all(isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+                   for key, value in tensors.items()):
+            raise TypeError("it holds something else than named tensors")
         return list(tensors) if name is None else tensors[name]
     except OSError:
         raise                                                       # its message names the file already
@@ -321,6 +335,9 @@ def load_into(model, pairs, rename=lambda name: name, skip=r"rotary_emb\.inv_fre
             raise ValueError(f"{name}: the checkpoint has {tuple(tensor.shape)}, the config wants {tuple(slot.shape)}")
         else:
             slot.data.copy_(tensor)
+            if not slot.data.sum(dtype=torch.float32).isfinite() and not slot.data.isfinite().all():
+                raise ValueError(f"{name}: " + ("it holds NaN or infinity, so the file is broken" if not (
+                    tensor.isfinite().all()) else f"{slot.dtype} is too narrow for it, try a wider --dtype"))
     if want or extra:
         raise ValueError(f"checkpoint does not fit: {len(want)} parameters missing {sorted(want)[:3]}, "
                          f"{len(extra)} tensors extra {extra[:3]}")
@@ -449,7 +466,7 @@ def main():
 
 def fail(message):
     """One line on stderr and exit code 2: for what a user can cause."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    print("error: " + " ".join(str(message).split())[:600], file=sys.stderr)
     sys.exit(2)
 
 

@@ -24,6 +24,7 @@ Shapes  N views of one photo  P patches of a view  n image tokens  I side of a v
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,9 +47,10 @@ class Geometry:
         if self.image % self.patch:
             raise ValueError(f"a view of {self.image} px is not made of patches of {self.patch} px")
         whole = all(len(p) == 2 and all(type(v) is int and v > 0 and v % self.image == 0 for v in p)
-                    for p in self.pinpoints)
+                    and p[0] * p[1] <= 100 * self.image ** 2 for p in self.pinpoints[:1000])
         if self.aspect == "anyres" and not (self.pinpoints and whole):
-            raise ValueError(f"image_grid_pinpoints {self.pinpoints}: not pairs of multiples of {self.image} px")
+            raise ValueError(f"image_grid_pinpoints {self.pinpoints}: not pairs of multiples of {self.image} px, "
+                             "at most 100 views")
 
     @property
     def side(self):
@@ -56,26 +58,42 @@ class Geometry:
         return self.image // self.patch
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")     # Pillow's rarer decoders are not hardened
+MOST = 100_000_000                                 # pixels of the page that a photo is padded or scaled to
+
+
 def open_image(file):
-    """A photo's file -> PIL RGB image, upright. ValueError: it is missing, broken, too large or no photo."""
+    """A photo's file -> PIL RGB image, upright. ValueError: it is missing, broken, too large or no photo.
+
+    Of an animation, the first frame. What is transparent shows the colour that is stored beneath, as in LLaVA's code.
+    """
+    if not Path(file).is_file():                                    # a pipe would be waited for, a device read for ever
+        raise ValueError(f"{file}: " + ("not a file" if Path(file).exists() else "no such picture"))
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image)              # cameras store the rotation beside the pixels
-                if image.mode.startswith("I;16"):                   # 16-bit grey: convert() would clip it to white
-                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-                if image.mode in ("I", "F"):
-                    raise ValueError(f"its pixels are of Pillow's mode {image.mode!r}; save it with 8 bits a channel")
-                return image.convert("RGB")
-        except FileNotFoundError:
-            raise ValueError(f"{file}: no such picture") from None
+            with Image.open(file, formats=FORMATS) as image:
+                return to_rgb(ImageOps.exif_transpose(image))       # cameras store the rotation beside the pixels
         except UnidentifiedImageError:
-            raise ValueError(f"{file} is not a picture (or of a kind Pillow cannot read)") from None
+            raise ValueError(f"{file} is not a picture, or not {', '.join(FORMATS)}") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ValueError(f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from None
-        except (OSError, SyntaxError, ValueError) as e:             # what Pillow raises for broken data
+        except MemoryError:
+            raise
+        except Exception as e:                                      # each decoder raises errors of its own kind
             raise ValueError(f"{file} cannot be read as a picture: {e}") from None
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB. ValueError: it is no image; its pixels have no natural range (modes I and F)."""
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"a photo is given as a path or a PIL image, not as {type(image).__name__}")
+    if image.mode.startswith("I;16"):                               # 16-bit grey: convert() would clip it to white
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode!r}; save it with 8 bits a channel")
+    return image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------- photo -> views
@@ -110,9 +128,14 @@ def crop(size, side):
 def views(image, g, fill=None):
     """A PIL image -> its N square PIL views of I px. fill: the padding, in the image's mode (the geometry's colour).
 
-    The same code runs on photos and on the one-channel masks that find the patches inside a box.
+    The same code runs on photos and on the one-channel masks that find the patches inside a box. ValueError: the photo
+    is so long and narrow that the padded page would not fit into memory.
     """
     I, (w, h) = g.image, image.size
+    W, H = crop(image.size, I)[0] if g.preprocess == "hf" else (max(w, h), max(w, h))
+    if g.aspect == "pad" and W * H > MOST:
+        raise ValueError(f"a photo of {w}x{h} px needs a page of {W}x{H}, more than {MOST:,} pixels; scale it down "
+                         "or cut it first")
     if g.aspect == "anyres":
         W, H = best_canvas(image.size, g)
         new, corner = fit(image.size, (W, H))

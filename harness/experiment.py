@@ -4,21 +4,22 @@ harness/experiment.py - what instruments share: flags, one loop over the questio
 Use     study = Study(settings.shared)
         study.open("knockout.csv", COLUMNS, window=9)
         for question in study.todo():
-            with study.skipping_bad():
+            with study.skipping_bad(question):
                 asked = study.ask(question)
                 study.write(asked, rows_of(asked) if asked.counts else ())
         study.finish()
-Needs   hub.py, questions.py and runs.py beside it; llava_min.py, groups.py and fork.py
+Needs   hub.py, questions.py and runs.py beside it; llava_min.py, groups.py, views.py and fork.py
 Paper   https://arxiv.org/abs/2411.18620, section 4.1: only questions that the model answers correctly count
 """
 import argparse
+import math
 import os
 import re
 import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from fork import Clean, clean_pass, probability, unembed
 from groups import NAMES, EmptyGroup, Groups, parse_edge
 from harness import hub, runs
 from harness.questions import BUNDLED, SIX, NoRows, Question, data_files, read_questions
+from views import slot_rows
 
 # ---------------------------------------------------------------------------------------------------- settings
 
@@ -75,6 +77,15 @@ class Shared:
     data: DataSettings = DataSettings(data=(str(BUNDLED),), images=str(BUNDLED.parent / "images"), limit=20)
     out: str = "out"
     seed: int = 0
+    strict: bool = True                            # is a group that your own question lacks an error?
+
+
+# Where the parts of a prompt stand. A group that is not named here may reach over several of them.
+PLACE = {"system": 0, "image": 1, "related_patches": 1, "other_patches": 1, "base_patches": 1, "tile_patches": 1,
+         "newlines": 1, "captions": 1, "question": 2, "true_option": 2, "false_option": 2, "options": 2, "objects": 2,
+         "question_wo_options": 2, "question_wo_objects": 2, "instruction": 3, "last": 4}
+PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question", "related_patches->question",
+               "other_patches->question")          # figures 3, 4 and 5; the last two need boxes
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,9 +124,31 @@ class Parser(argparse.ArgumentParser):
         return (int(i), int(n)) if int(n) > 1 else None
 
     @staticmethod
+    def size(text):
+        """argparse type: a number from 0."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+        return value
+
+    @staticmethod
     def edges(texts):
-        """Edges as a user writes them -> tuple of (source, target), canonical names, each once."""
-        return tuple(dict.fromkeys(map(parse_edge, texts)))
+        """Edges as a user writes them -> tuple of (source, target), canonical names, each once. ValueError: the target
+        comes before the source in every prompt, so there is nothing to cut.
+
+        Their order does not depend on how they were given: the paper's first, then by name. So the rows of a run that
+        is resumed with the same edges in another order have one order, and are computed together.
+        """
+        edges = set(map(parse_edge, texts))
+        for source, target in edges:
+            if PLACE.get(source, 0) > PLACE.get(target, 4):
+                raise ValueError(f"{source}->{target}: {target} comes before {source} in the prompt, and a decoder "
+                                 "attends only to what came before, so there is no such edge to cut")
+        order = {edge: i for i, edge in enumerate(PAPER_EDGES)}
+        return tuple(sorted(edges, key=lambda edge: (order.get("->".join(edge), len(order)), edge)))
 
     @staticmethod
     def window(model):
@@ -219,7 +252,11 @@ class Asked:
         cuts, lacking = {}, {}
         for edge in edges:
             try:
-                cuts["->".join(edge)] = tuple(map(self.groups.positions, edge))
+                source, target = map(self.groups.positions, edge)
+                if min(source) > max(target):
+                    raise EmptyGroup(f"{'->'.join(edge)}: {edge[1]} comes before {edge[0]} here, and a decoder attends "
+                                     "only to what came before: there is nothing to cut")
+                cuts["->".join(edge)] = source, target
             except EmptyGroup as e:
                 if self.strict:
                     raise
@@ -254,20 +291,36 @@ class Study:
     def model(self):
         return self.load(self.shared.model, self.checkpoint)
 
-    def open(self, name, columns, **settings):
-        """Open, or resume, the run's files. settings: what its numbers depend on, besides model and questions."""
-        m, d, files, first = self.shared.model, self.shared.data, self.checkpoint.files, self.questions[0]
+    def open(self, name, columns, order=list, **settings):
+        """Open, or resume, the run's files. settings: what its numbers depend on, besides model and questions.
+
+        order(questions) -> them in the order of the CSV. ValueError: a picture is missing, and see runs.Run.
+        """
+        m, d, files = self.shared.model, self.shared.data, self.checkpoint.files
         device = hub.pick_device(m.device)
         texts = [f for f in (files.config, files.tokenizer, files.generation, files.tower and files.tower.config) if f]
         self.run = runs.Run(self.shared.out, name, columns, {
-            "weights": hub.weights_hash(files), "config": [runs.file_hash(f)[:16] for f in texts], "device": device,
+            "weights": hub.weights_hash(files), "config": list(map(runs.file_hash, texts)), "device": device,
             "dtype": str(hub.pick_dtype(m.dtype, device, files)).removeprefix("torch."), "preprocess": m.preprocess,
-            "data": [f"{f.name} {runs.file_hash(f)[:16]}" for f in data_files(d.data)],
-            "images": str(Path(d.images).resolve()) if d.images else None,
-            "question": {k: v for k, v in vars(first).items() if k != "image"} if self.single else None,
-            "image": runs.file_hash(first.image)[:16] if self.single and first.image else None,
-            "tasks": d.tasks or None, "limit": d.limit, "all": d.all, **settings}, shard=d.shard, model=m.name,
-            origin=self.checkpoint.origin, revision=self.checkpoint.revision, seed=self.shared.seed)
+            "all": d.all, **settings}, self.inputs(order), shard=d.shard, model=m.name,
+            origin=self.checkpoint.origin, revision=self.checkpoint.revision, seed=self.shared.seed,
+            data=[f"{f.name} {runs.file_hash(f)}" for f in data_files(d.data)], images=d.images,
+            question=self.questions[0].facts() if self.single else None, tasks=d.tasks or None, limit=d.limit)
+
+    def inputs(self, order):
+        """{key: hashes of what the question's rows depend on}, in the CSV's order. Under --skip-bad, questions whose
+        picture is missing are dropped; else that is a ValueError, before hours were spent on the others."""
+        pictures, usable = {}, []
+        for q in self.questions:
+            with self.skipping_bad(), q.named():
+                if q.image and self.config.vision and q.image not in pictures:
+                    pictures[q.image] = picture_hash(q.image)
+                usable.append(q)
+        if not usable:
+            raise ValueError(f"no usable question: {self.bad[0]}")
+        self.questions = usable
+        return {q.key: {"question": runs.text_hash(repr(q.facts())),
+                        **({"picture": pictures[q.image]} if q.image in pictures else {})} for q in order(usable)}
 
     @property
     def csv(self):
@@ -288,14 +341,28 @@ class Study:
         yield from self.run.todo(questions, key=lambda q: q.key)
 
     @contextmanager
-    def skipping_bad(self):
-        """Under --skip-bad, a ValueError inside is noted and the run continues; else it ends the run."""
+    def skipping_bad(self, question=None):
+        """Under --skip-bad, a question that cannot be used is noted and the run continues; else the error ends it.
+
+        An error about a value that is not finite gets the question's name, and the layer where there is one.
+        """
         try:
             yield
-        except ValueError as e:
+        except (ValueError, FloatingPointError) as e:
+            if question and isinstance(e, FloatingPointError):
+                e = self.located(question, e)
             if not self.shared.data.skip_bad:
-                raise
+                raise e
             self.bad.append(str(e))
+
+    def located(self, question, error):
+        """A value that is not finite -> the same error with the question and the first layer that has one."""
+        try:
+            prompt = question.prompt(self.model)
+            clean_pass(self.model.decoder, self.model.embed(prompt), prompt.positions)
+        except FloatingPointError as e:
+            error = e
+        return FloatingPointError(f"{question.where or question.key}: {error}")
 
     def counts(self, right):
         """The paper's rule: a question counts if the model answers it right. With --all every question counts, and your
@@ -308,7 +375,7 @@ class Study:
         prompt = question.prompt(model)
         groups = question.groups(prompt, paper_spans)
         if max_norm is not None and prompt.size:
-            groups = without_large(groups, model.patch_norms(prompt), max_norm)
+            groups = without_large(groups, patch_norms(model, prompt), max_norm)
         x, positions = model.embed(prompt), prompt.positions
         clean = clean_pass(d, x, positions)
         logits = unembed(d, clean.stream[-1][0, -1])
@@ -325,11 +392,11 @@ class Study:
         answer = model.words(ids)
         right = question.right(answer)
         return Asked(question, prompt, groups, x, positions, clean, answer, token, model.tokenizer.id_to_token(token),
-                     probability(logits, token), right, self.counts(right), self.single)
+                     probability(logits, token), right, self.counts(right), self.single and self.shared.strict)
 
     def lacks(self, question, what, error):
         """Record that a question has no rows because a group is missing. If it is the only one, raise the error."""
-        if self.single:
+        if self.single and self.shared.strict:
             raise error
         self.write(question, (), {what: str(error)}, right=False)
 
@@ -341,11 +408,13 @@ class Study:
 
     def finish(self):
         """Close the run and say what was counted and left out. NoRows: nothing was measured."""
-        self.run.finish([q.key for q in self.questions])
+        self.run.finish()
         notes = list(self.run.done.values())
         known = any(q.answer for q in self.questions) and all("right" in note for note in notes)
         right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
         print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
+        if (wide := self.run.settings.get("window", 0)) > (L := self.config.text.layers):
+            print(f"note: a window of {wide} layers is wider than the model, which has {L}: it is clipped everywhere")
         self.print_bad()
         skipped = Counter((what, re.sub(r"'[^']*'|\"[^\"]*\"", "...", why))
                           for note in notes for what, why in note.get("skipped", {}).items())
@@ -362,6 +431,26 @@ class Study:
             print(f"left out: {message}")
 
 
+@torch.inference_mode()
+def patch_norms(model, p):
+    """LLaVA, Prompt -> L2 norm of the tower's feature at each image token, (n,); NaN for newlines (figure 15)."""
+    rows = slot_rows(p.slots, p.geometry.side).to(model.device)
+    return model.patch_features(p).float().norm(dim=-1)[rows].masked_fill(rows < 0, math.nan)
+
+
+def picture_hash(file):
+    """A picture's hash, computed once while the file stays as it is. ValueError: there is no such picture."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file}: " + ("not a file" if Path(file).exists() else "no such picture"))
+    stat = os.stat(file)
+    return hash_of(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def hash_of(file, size, changed):
+    return runs.file_hash(file)
+
+
 def without_large(groups, norms, most):
     """Take patches of a norm above `most` out of related_patches and other_patches (figure 16). norms (n,)."""
     large = {groups.prompt.image.start + i for i in (norms > most).nonzero().flatten().tolist()}
@@ -370,34 +459,3 @@ def without_large(groups, norms, most):
             left = [i for i in groups.named[name] if i not in large]
             groups = groups.having(name, left, f"every patch has a norm above {most:g}")
     return groups
-
-
-# ---------------------------------------------------------------------------------------------------- errors
-
-@contextmanager
-def one_line_errors():
-    """Errors that a user can cause print one line on stderr and exit with code 2 (Ctrl-C: 130).
-
-    LLAVA_FLOW_TRACEBACK=1 in the environment shows where an error came from instead.
-    """
-    sys.stdout.reconfigure(errors="replace")                        # "?" for a letter that the terminal lacks
-    try:
-        yield
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes a run that has an --out folder", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:                                         # `| head` has seen enough; results are on disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
-        full = isinstance(e, MemoryError) or "out of memory" in str(e) or "can't allocate memory" in str(e)
-        if type(e) is RuntimeError and not full or os.environ.get("LLAVA_FLOW_TRACEBACK"):
-            raise
-        if isinstance(e, OSError) and e.strerror:
-            text = f"{e.filename or 'a file'}: {e.strerror}"
-        elif full:
-            text = f"out of memory ({e}); try --dtype bfloat16, a smaller model, or --device cpu"
-        else:
-            text = str(e)
-        print("error: " + " ".join(text.split()), file=sys.stderr)
-        sys.exit(2)

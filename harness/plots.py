@@ -5,12 +5,16 @@ Run     python -m harness.plots out/knockout/knockout.csv         draws knockout
 Needs   matplotlib and numpy. Nothing else of this repo: copy it and it works.
 Paper   https://arxiv.org/abs/2411.18620, the layout of figures 3-5
 
-A picture is drawn from a CSV that a run wrote, never from numbers in memory: it shows what is on disk.
+A picture is drawn from a CSV that a run wrote, never from numbers in memory: it shows what is on disk. The CSV is read
+row by row, in memory that does not grow with the number of questions, and no matplotlib backend is chosen.
 """
 import argparse
 import csv
+import math
+import os
 import sys
 from collections import defaultdict
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +23,19 @@ import numpy as np
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
+def page(width, height):
+    """An empty figure, in inches. Not pyplot's: that would open windows, and choose a backend for a whole notebook."""
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def figure(panels, title, x_label, y_label):
     """An empty figure of so many panels -> (figure, list of axes)."""
-    import matplotlib
-    matplotlib.use("Agg")                                           # a file, never a window
-    from matplotlib import pyplot as plt
     columns = min(panels, 3)
     rows = -(-panels // columns)
     width = 5.0 if panels == 1 else 3.6
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns + 0.4, 2.9 * rows + 1.0), squeeze=False,
-                             layout="constrained")
-    axes = list(axes.flat)
+    fig = page(width * columns + 0.4, 2.9 * rows + 1.0)
+    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
@@ -45,46 +51,111 @@ def figure(panels, title, x_label, y_label):
     return fig, axes[:panels]
 
 
-def mean_interval(values):
-    """values (n, x) -> mean and half-width of its 95 % interval (1.96 standard errors): (x,) each, 0 where n = 1."""
-    values = np.asarray(values, dtype=float)
-    n = len(values)
-    return values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.zeros(values.shape[1])
+DRAWS, FEW = 1000, 10                              # resamples of the bootstrap; fewer curves are shown one by one
 
 
-def paired_interval(changes):
-    """The 95 % interval of a change in accuracy. changes (n,): each question's, -1, 0 or 1 -> (low, high).
+class Mean:
+    """The mean of curves and its 95 % interval, from one pass over them: a bootstrap whose memory does not grow.
 
-    Half an observation is added to each of the four cells, right or wrong before by right or wrong after (Agresti and
-    Min 2005): without it, twenty questions without a change would give an interval of no width.
+    Each of DRAWS resamples takes a curve 0, 1, 2, .. times, as a Poisson draw of mean 1 says, and keeps two sums. The
+    interval is the middle 95 % of the resamples' means. They are means of measured values, so it stays within their
+    bounds: no change below -100 %, no probability above 100 %.
+    """
+
+    def __init__(self):
+        self.n, self.total, self.few = 0, 0, []
+        self.random, self.weights, self.sums = np.random.default_rng(0), np.zeros(DRAWS), 0
+
+    def add(self, curve):
+        curve = np.asarray(curve, dtype=float)                      # (x,)
+        weights = self.random.poisson(1.0, DRAWS)
+        self.n, self.total = self.n + 1, self.total + curve
+        self.weights, self.sums = self.weights + weights, self.sums + weights[:, None] * curve    # (DRAWS, x)
+        self.few = [*self.few, curve][:FEW]
+
+    def mean(self):
+        return self.total / self.n
+
+    def interval(self):
+        """-> low, high, (x,) each."""
+        drawn = self.weights > 0
+        return np.percentile(self.sums[drawn] / self.weights[drawn, None], (2.5, 97.5), axis=0)
+
+
+def wilson(right, n, z=1.96):
+    """The 95 % interval of a share: (low, high). Wilson's, which stays within 0 and 1 where few answers are wrong."""
+    p, middle = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_interval(changes, before):
+    """The 95 % interval of a change in accuracy, (low, high); before + low and before + high are shares, too.
+
+    changes (n,): each question's, -1, 0 or 1. before: the accuracy that it is a change from.
+
+    Where every answer was right before, it is Wilson's interval of the share that still is. Otherwise half an
+    observation is added to each of the four cells, right or wrong before by right or wrong after (Agresti and Min
+    2005): without it, twenty questions without a change would give an interval of no width.
     """
     changes = np.asarray(changes, dtype=float)
+    if before == 1:
+        low, high = wilson((changes == 0).sum(), len(changes))
+        return low - 1, high - 1
     n = len(changes) + 2
     mean, squares = changes.sum() / n, ((changes ** 2).sum() + 1) / n
     half = 1.96 * np.sqrt((squares - mean ** 2) / n)
-    return max(-1.0, mean - half), min(1.0, mean + half)
+    return max(-before, mean - half), min(1 - before, mean + half)
+
+
+def rows(file, needed, empty=False):
+    """A run's CSV -> its rows as dicts, one by one. ValueError: it cannot be read, lacks a column, or has no rows and
+    `empty` does not allow that."""
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{file} is not a file, but a folder, a pipe or a device")
+    try:
+        with open(file, newline="", encoding="utf-8") as f:
+            row = None
+            for row in csv.DictReader(f):
+                missing = [c for c in needed if row.get(c) is None]
+                if missing:
+                    raise ValueError(f"{file} has no column {', '.join(missing)}, or a row is cut off")
+                yield row
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{file} is not a run's CSV ({getattr(e, 'strerror', None) or e})") from e
+    if row is None and not empty:
+        raise ValueError(f"{file} has no rows")
 
 
 def read(file, needed):
-    """A run's CSV -> list of dict. ValueError: it cannot be read, or a column is missing."""
+    """The same as a list."""
+    return list(rows(file, needed))
+
+
+def distinct(file, column):
+    """The values of a column, each once, in the order in which they come."""
+    return list(dict.fromkeys(row[column] for row in rows(file, (column,))))
+
+
+def number(file, row, column):
     try:
-        with open(file, newline="", encoding="utf-8") as f:
-            rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{file} is not a run's CSV ({getattr(e, 'strerror', None) or e})") from e
-    if not rows:
-        raise ValueError(f"{file} has no rows")
-    missing = [c for c in needed if c not in rows[0]]
-    if missing:
-        raise ValueError(f"{file} has no column {', '.join(missing)}")
-    return rows
+        return float(row[column])
+    except ValueError:
+        raise ValueError(f"{file}: {column} {row[column]!r} is not a number") from None
 
 
 def save(fig, file):
-    from matplotlib import pyplot as plt
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    """Write a picture, whole or not at all. OSError names it."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".new.{os.getpid()}.{file.name}")         # the ending says which format it has
+    try:
+        fig.savefig(new, dpi=150)
+        os.replace(new, file)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(file)) from e
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def knockout(file, picture):
@@ -93,29 +164,27 @@ def knockout(file, picture):
     Rows of several windows, as in figures 7 and 8, get a panel per window. -> what was drawn: {(panel, edge): (layers,
     mean changes in percent, number of questions)}
     """
-    rows = read(file, ("task", "edge", "window", "layer", "change_percent", "question_id"))
-    panel = "task" if len({row["window"] for row in rows}) == 1 else "window"
-    title = "Attention knockout" + (f", window {windows(rows)}" if panel == "task" else "")
-    return curves(file, rows, picture, "edge", "change_percent", 1, title, "layer at the centre of the window",
+    windows = distinct(file, "window")
+    panel = "task" if len(windows) == 1 else "window"
+    title = "Attention knockout" + (f", window {windows[0]}" if panel == "task" else "")
+    return curves(file, picture, "edge", "change_percent", 1, title, "layer at the centre of the window",
                   "change of P(answer), %", 0, at_least=(-5, 1), panel=panel)
 
 
 def lens(file, picture):
     """lens.csv -> a picture: a panel per task, a curve per kind of word, in percent. Returns as `knockout` does."""
-    rows = read(file, ("task", "kind", "layer", "probability", "question_id", "norm"))
     how = {"raw": "the residual stream as it is (the last layer's through the final norm)",
            "final": "every layer through the final norm"}
-    norms = ", ".join(how.get(norm, norm) for norm in dict.fromkeys(row["norm"] for row in rows))
-    return curves(file, rows, picture, "kind", "probability", 100, f"Logit lens at the last position: {norms}",
+    norms = ", ".join(how.get(norm, norm) for norm in distinct(file, "norm"))
+    return curves(file, picture, "kind", "probability", 100, f"Logit lens at the last position: {norms}",
                   "after layer (0: embedding)", "probability, %", limits=(-3, 103))
 
 
 def jaccard(file, picture):
     """jaccard.csv -> a picture: a panel per task, a curve per intervention. Returns as `knockout` does."""
-    rows = read(file, ("task", "intervention", "window", "layer", "jaccard", "question_id"))
-    where = {"->" in row["intervention"] for row in rows}           # edges: a centred window; modules: its first layer
-    return curves(file, rows, picture, "intervention", "jaccard", 1,
-                  f"The question's likeliest words with and without, window {windows(rows)}", {
+    where = {"->" in name for name in distinct(file, "intervention")}   # edges: a centred window; modules: its start
+    return curves(file, picture, "intervention", "jaccard", 1,
+                  f"The question's likeliest words with and without, window {', '.join(distinct(file, 'window'))}", {
                       (True,): "layer at the centre of the window", (False,): "first layer of the window",
                       (False, True): "window's first layer (edges: its centre)"}[tuple(sorted(where))],
                   "Jaccard similarity", 1, limits=(-0.03, 1.03))
@@ -127,31 +196,35 @@ def prune(file, picture):
     -> {task: {X: dict of accuracy; change, from X = 0; low and high, of the change's interval; time and flops, as
     shares of those at X = 0 (medians over questions); tokens: image tokens, mean over layers and questions}}
     """
-    rows = read(file, ("question_id", "task", "removed_layers", "correct", "seconds", "prefill_flops", "image_tokens"))
-    by_task = defaultdict(lambda: defaultdict(dict))                  # task -> X -> question -> its numbers
-    for line, row in enumerate(rows, 2):
-        try:
-            by_task[row["task"]][int(row["removed_layers"])][row["question_id"]] = [
-                float(row[name]) for name in ("correct", "seconds", "prefill_flops", "image_tokens")]
-        except (TypeError, ValueError):
-            raise ValueError(f"{file}, row {line}: a column is not a number") from None
+    needed = ("question_id", "task", "removed_layers", "correct", "seconds", "prefill_flops", "image_tokens")
+    by_task, known, keeps = defaultdict(lambda: defaultdict(list)), set(), {}
+    for (task, question), mine in groupby(rows(file, needed), lambda row: (row["task"], row["question_id"])):
+        numbers = {}                                                # X -> correct, seconds, FLOPs, image tokens
+        for row in mine:
+            numbers[int(number(file, row, "removed_layers"))] = [number(file, row, name) for name in needed[3:]]
+            keeps[row.get("keep", "none")] = None
+            known.add(bool(row.get("answer", "?")))
+        if 0 not in numbers or by_task[task].keys() not in (set(), numbers.keys()):
+            raise ValueError(f"{file}: question {question} does not have the same removed_layers as the others, with 0")
+        correct, seconds, flops, _ = numbers[0]
+        for X, (c, s, f, tokens) in sorted(numbers.items()):
+            by_task[task][X].append((c, c - correct, s / seconds, f / flops, tokens))
     drawn = defaultdict(dict)
     for task, by_x in by_task.items():
-        for X, numbers in sorted(by_x.items()):
-            if by_x.get(0, {}).keys() != numbers.keys():
-                raise ValueError(f"{file} does not have the same questions for {X} layers as for 0")
-            these, base = (np.array([v[q] for q in numbers]) for v in (numbers, by_x[0]))
-            change = these[:, 0] - base[:, 0]
-            low, high = paired_interval(change)
-            drawn[task][X] = {"accuracy": these[:, 0].mean(), "change": change.mean(), "low": low, "high": high,
-                              "time": np.median(these[:, 1] / base[:, 1]), "flops": np.median(these[:, 2] / base[:, 2]),
-                              "tokens": these[:, 3].mean()}
-    keep = ", ".join(dict.fromkeys(row.get("keep", "none") for row in rows))
+        before = np.mean([v[0] for v in by_x[0]])
+        for X, values in by_x.items():
+            right, change, time, flops, tokens = np.array(values).T
+            low, high = paired_interval(change, before)
+            drawn[task][X] = {"accuracy": right.mean(), "change": change.mean(), "low": low, "high": high,
+                              "time": np.median(time), "flops": np.median(flops), "tokens": tokens.mean()}
+    what = {(True,): "accuracy", (False,): "agreement with X = 0", (False, True): "accuracy, or agreement with X = 0"}[
+        tuple(sorted(known))]
+    keep = ", ".join(keeps)
     title = "Without the image in the last X layers" + ("" if keep == "none" else f", keeping {keep}")
     fig, axes = figure(len(by_task), title, "X", "%")
     for ax, (task, by_x) in zip(axes, drawn.items(), strict=True):
         xs = list(by_x)
-        for key, colour, label in (("accuracy", COLOURS[0], "accuracy"), ("time", COLOURS[1], "time, % of X = 0"),
+        for key, colour, label in (("accuracy", COLOURS[0], what), ("time", COLOURS[1], "time, % of X = 0"),
                                    ("flops", COLOURS[4], "prefill FLOPs, % of X = 0")):
             values = np.array([100 * v[key] for v in by_x.values()])
             line, = ax.plot(xs, values, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
@@ -169,59 +242,53 @@ def prune(file, picture):
 
 def norms(file, picture):
     """norms.csv -> a picture: a panel per task, a histogram of the norms of a photo's patch features."""
-    rows, by_task = read(file, ("question_id", "task", "norm")), defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        by_task[row["task"]][row["question_id"]].append(float(row["norm"]))
-    edges = np.linspace(0, max(60.0, *(max(v) for by_q in by_task.values() for v in by_q.values())), 61)
+    needed = ("question_id", "task", "norm")
+    edges = np.linspace(0, max(60.0, *(number(file, row, "norm") for row in rows(file, needed))), 61)
+    by_task = defaultdict(lambda: [0, np.zeros(60), 0])             # questions, patches in each bin, above 57
+    for (task, _), mine in groupby(rows(file, needed), lambda row: (row["task"], row["question_id"])):
+        values = np.array([number(file, row, "norm") for row in mine])
+        counts = by_task[task]
+        counts[:] = counts[0] + 1, counts[1] + np.histogram(values, edges)[0], counts[2] + (values > 57).sum()
     fig, axes = figure(len(by_task), "L2 norm of the vision tower's patch features", "norm", "patches of a picture")
-    for ax, (task, by_question) in zip(axes, by_task.items(), strict=True):
-        values = np.concatenate(list(by_question.values()))
-        ax.hist(values, edges, weights=np.full(len(values), 1 / len(by_question)), color=COLOURS[0])
-        above = (values > 57).sum() / len(by_question)
+    for ax, (task, (n, bins, above)) in zip(axes, by_task.items(), strict=True):
+        ax.hist(edges[:-1], edges, weights=bins / n, color=COLOURS[0])
         ax.axvline(57, color=COLOURS[1], linewidth=1)               # the paper's threshold
         ax.set_yscale("log")
-        ax.set_title(f"{task} (n = {len(by_question)}), {above:.1f} above 57", fontsize=9)
+        ax.set_title(f"{task} (n = {n}), {above / n:.1f} above 57", fontsize=9)
     save(fig, picture)
 
 
-def windows(rows):
-    return ", ".join(dict.fromkeys(row["window"] for row in rows))
-
-
-def curves(file, rows, picture, series, value, scale, title, x_label, y_label, level=None, limits=None, at_least=None,
+def curves(file, picture, series, value, scale, title, x_label, y_label, level=None, limits=None, at_least=None,
            panel="task"):
-    """Rows of a run's CSV -> a panel per value of the column `panel`, a curve over layers per value of `series`: means
-    with 95 % intervals.
+    """A run's CSV -> a panel per value of the column `panel`, a curve over layers per value of `series`: means with
+    95 % intervals (see Mean); below FEW questions, each one's own curve instead of the interval.
 
     level: where a line marks "no change". limits: of the y axis, where the values have limits. at_least: a range that
     the y axis shows in any case, so that differences by rounding do not fill the panel.
     -> {(panel, series): (layers, means, number of questions)}
     """
-    by_task = defaultdict(lambda: defaultdict(dict))                  # task -> series -> question -> {layer: value}
-    for line, row in enumerate(rows, 2):
-        name = row["task"] if panel == "task" else f"{panel} {row[panel]}"
-        question = by_task[name][row[series]].setdefault((row["task"], row["question_id"], row.get("window")), {})
-        try:
-            question[int(row["layer"])] = scale * float(row[value])
-        except (TypeError, ValueError):
-            raise ValueError(f"{file}, row {line}: layer or {value} is not a number") from None
-    if len({tuple(q) for named in by_task.values() for questions in named.values() for q in questions.values()}) > 1:
-        raise ValueError(f"{file} does not have the same layers for every question and {series}")
-    names = list(dict.fromkeys(row[series] for row in rows))
-    fig, axes = figure(len(by_task), title, x_label, y_label)
-    lines, drawn = {}, {}
-    for ax, (task, named) in zip(axes, by_task.items(), strict=True):
-        counts = []
-        for name, questions in named.items():
-            layers = sorted({l for q in questions.values() for l in q})
-            values = [[q[l] for l in layers] for q in questions.values()]
-            mean, half = mean_interval(values)
+    needed = tuple(dict.fromkeys(("question_id", "task", "layer", series, value, panel)))
+    by_panel, layers, drawn, lines = defaultdict(lambda: defaultdict(Mean)), None, {}, {}
+    for (place, name, *_), mine in groupby(rows(file, needed), lambda row: (
+            row[panel], row[series], row["task"], row["question_id"], row.get("window"))):
+        points = {int(number(file, row, "layer")): scale * number(file, row, value) for row in mine}
+        layers = layers or list(points)
+        if list(points) != layers:
+            raise ValueError(f"{file} does not have the same layers for every question and {series}")
+        by_panel[place if panel == "task" else f"{panel} {place}"][name].add(list(points.values()))
+    names = list(dict.fromkeys(name for named in by_panel.values() for name in named))
+    fig, axes = figure(len(by_panel), title, x_label, y_label)
+    for ax, (place, named) in zip(axes, by_panel.items(), strict=True):
+        counts = [mean.n for mean in named.values()]
+        for name, mean in named.items():
             colour = COLOURS[names.index(name) % len(COLOURS)]
             style = ("-", "--", ":")[names.index(name) // len(COLOURS) % 3]
-            lines[name], = ax.plot(layers, mean, style, color=colour, linewidth=1.6, marker="o", markersize=2.5)
-            ax.fill_between(layers, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
-            counts.append(len(values))
-            drawn[task, name] = layers, mean.tolist(), len(values)
+            lines[name], = ax.plot(layers, mean.mean(), style, color=colour, linewidth=1.6, marker="o", markersize=2.5)
+            if mean.n < FEW:
+                ax.plot(layers, np.transpose(mean.few), style, color=colour, linewidth=0.5, alpha=0.45)
+            else:
+                ax.fill_between(layers, *mean.interval(), color=colour, alpha=0.18, linewidth=0)
+            drawn[place, name] = layers, mean.mean().tolist(), mean.n
         if limits:
             ax.set_ylim(limits)
         if at_least:
@@ -230,7 +297,7 @@ def curves(file, rows, picture, series, value, scale, title, x_label, y_label, l
         if level is not None:
             ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
         n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
-        ax.set_title(f"{task} (n = {n})", fontsize=9)
+        ax.set_title(f"{place} (n = {n})", fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
     legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 3),
                         fontsize=8, frameon=False)
@@ -242,18 +309,16 @@ def curves(file, rows, picture, series, value, scale, title, x_label, y_label, l
 
 def accuracy(file, picture):
     """Table 2 from an accuracy.csv: structure by semantics; each cell has accuracy, interval, number of questions."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    rows = [row for row in read(file, ("group", "questions", "accuracy", "low", "high")) if "/" in row["group"]]
-    if not rows:
+    table = [row for row in read(file, ("group", "questions", "accuracy", "low", "high")) if "/" in row["group"]]
+    if not table:
         raise ValueError(f"{file} has none of GQA's groups")
-    down, across = (list(dict.fromkeys(row["group"].split("/")[i] for row in rows)) for i in range(2))
+    down, across = (list(dict.fromkeys(row["group"].split("/")[i] for row in table)) for i in range(2))
     shares = np.full((len(down), len(across)), np.nan)
-    fig, ax = plt.subplots(figsize=(1.6 + 1.25 * len(across), 1.4 + 0.6 * len(down)), layout="constrained")
-    for row in rows:
-        y, x = (names.index(name) for names, name in zip((down, across), row["group"].split("/"), strict=True))
-        shares[y, x], low, high = (100 * float(row[key]) for key in ("accuracy", "low", "high"))
+    fig = page(1.6 + 1.25 * len(across), 1.4 + 0.6 * len(down))
+    ax = fig.subplots()
+    for row in table:
+        y, x = (names.index(name) for names, name in zip((down, across), row["group"].split("/")[:2], strict=True))
+        shares[y, x], low, high = (100 * number(file, row, key) for key in ("accuracy", "low", "high"))
         ax.text(x, y, f"{shares[y, x]:.1f}\n{low:.0f} to {high:.0f}\nn = {row['questions']}", ha="center", va="center",
                 fontsize=7, color="white" if shares[y, x] > 60 else "black")
     shown = ax.imshow(shares, vmin=0, vmax=100, cmap="Blues", aspect="auto")
@@ -267,12 +332,10 @@ def accuracy(file, picture):
 def words(title, columns, cells, shares, picture):
     """A grid of words, layer 0 at the bottom, coloured by probability. cells, shares: a row per layer, a
     column per name in `columns`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     shares, longest = np.asarray(shares), max(len(word) for row in (columns, *cells) for word in row)
     wide = max(5.0, 0.8 + len(columns) * max(0.6, 0.09 * longest))
-    fig, ax = plt.subplots(figsize=(wide, 1.5 + 0.24 * len(cells)), layout="constrained")
+    fig = page(wide, 1.5 + 0.24 * len(cells))
+    ax = fig.subplots()
     shown = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
     for y, row in enumerate(cells):
         for x, word in enumerate(row):

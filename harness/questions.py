@@ -10,7 +10,6 @@ Paper   https://arxiv.org/abs/2411.18620, sections 3.3 and 4.1
 """
 import csv
 import math
-import random
 import re
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -40,6 +39,25 @@ class Question:
     answers: tuple = ()                            # where several people answered: for each, a set of forms
     leave_one_out: bool = False                    # how `answers` count, see soft_accuracy
     where: str = ""                                # file and line, for messages
+
+    def __post_init__(self):
+        """ValueError: a field that is not what it should be, whatever file it came from."""
+        for name in ("id", "question", "answer", "task", "true_option", "false_option", "captions"):
+            check_text(name, getattr(self, name))
+        for name, words in (("options", self.options), ("objects", self.objects),
+                            ("answers", [form for forms in self.answers for form in forms])):
+            for word in words:
+                check_text(name, word)
+        for box in self.boxes:
+            if len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box) or min(box[2:]) < 0:
+                raise ValueError(f"the box {shown(box)} is not four numbers x, y, width, height")
+        if self.size and not all(type(v) is int and v > 0 for v in self.size):
+            raise ValueError(f"the photo's size {shown(self.size)} is not two whole numbers")
+
+    def facts(self):
+        """All that is known of it, as JSON; of the picture its name alone."""
+        return vars(self) | {"image": self.image.name if self.image else None, "where": None,
+                             "answers": list(map(sorted, self.answers))}
 
     @property
     def key(self):
@@ -85,6 +103,23 @@ class Question:
             raise ValueError(f"{self.where}: {e}" if self.where else str(e)) from e
 
 
+LONGEST = 30_000                                   # characters of a text: readers of CSV files stop at 131,072
+
+
+def check_text(name, value):
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {shown(value)}, not a text")
+    if len(value) > LONGEST:
+        raise ValueError(f"{name} has {len(value):,} characters, more than {LONGEST:,}: {shown(value)}")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{name} holds half of a character (a lone surrogate): {shown(value)}")
+
+
+def shown(value):
+    text = repr(value)
+    return text if len(text) <= 60 else text[:56] + " ..."
+
+
 def is_right(prediction, answer):
     """The paper's rule: the decoded greedy answer, stripped and in lower case, is the answer."""
     return prediction.strip().lower() == answer.strip().lower()
@@ -122,6 +157,8 @@ def read_csv(file, images=None, bad=None, limit=None):
     file = Path(file)
     task = file.stem.rsplit("_", 1)[-1]
     questions, lines = [], {}
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is not a file, but a folder, a pipe or a device")
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, strict=True)
@@ -192,43 +229,58 @@ def read_row(row, task, images, where):
                 raise ValueError(f"{where}: the box of {name} has a negative size")
             boxes.append(box)
     size = (number("image_w"), number("image_h")) if "image_w" in row else None
-    return Question(id=text("question_id"), question=row["question"], image=picture(images, text("img_id")),
-                    answer=text("answer"), task=task,
-                    true_option=text("true option"), false_option=text("false option"),
-                    objects=tuple(n for o in OBJECTS if (n := text(f"{o} name"))), boxes=tuple(boxes), size=size,
-                    captions=text("captions"), where=where)
+    try:
+        return Question(id=text("question_id"), question=row["question"], image=picture(images, text("img_id")),
+                        answer=text("answer"), task=task,
+                        true_option=text("true option"), false_option=text("false option"),
+                        objects=tuple(n for o in OBJECTS if (n := text(f"{o} name"))), boxes=tuple(boxes), size=size,
+                        captions=text("captions"), where=where)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from e
 
 
 # ---------------------------------------------------------------------------------------------------- OK-VQA, A-OKVQA
+
+# What a field of another type than the published files have comes to, while it is read.
+MISREAD = (KeyError, TypeError, AttributeError, ValueError, IndexError)
+
 
 def read_vqa(file, images=None, bad=None, limit=None):
     """OK-VQA's questions (a dict; its annotations beside it) or A-OKVQA's (a list) -> list of Question, in file order.
 
     images: the folder of COCO's photos under their published names. A-OKVQA's questions that are marked as hard to
-    answer directly are left out, as by its scorer. ValueError: a file is of another format; OSError: it is missing.
+    answer directly are left out, as by its scorer. limit, bad: as for read_csv. ValueError: a file is of another
+    format; OSError: it is missing.
     """
     raw, file, questions = read_json(file, (dict, list)), Path(file), []
+    ok_vqa, given = isinstance(raw, dict), {}
     try:
-        if isinstance(raw, list):
-            for q in raw:
-                if q["difficult_direct_answer"] is True:
-                    continue
-                questions.append(vqa_question(q, "A-OKVQA", picture(images, f"{q['image_id']:012}"), [
-                    {text.strip().lower()} for text in q["direct_answers"]], False, file))
-        else:
-            notes = read_json(annotations(file))
-            answers = {a["question_id"]: a["answers"] for a in notes["annotations"]}
-            split = "val2014" if "val2014" in file.name else "train2014"
-            for q in raw["questions"]:
-                questions.append(vqa_question(q, "OK-VQA", picture(images, f"COCO_{split}_{q['image_id']:012}"), [
-                    {a[key].strip().lower() for key in ("answer", "raw_answer") if key in a}        # both spellings
-                    for a in answers[q["question_id"]]], True, file))
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{file}, question {len(questions) + 1}: not OK-VQA's or A-OKVQA's format "
-                         f"({type(e).__name__}: {e})") from e
-    if not questions:
+        entries = list(raw["questions"] if ok_vqa else raw)
+        if ok_vqa:                                                  # both spellings of an answer count
+            given = {a["question_id"]: [{a[key] for key in ("answer", "raw_answer") if key in a} for a in a["answers"]]
+                     for a in read_json(annotations(file))["annotations"]}
+    except MISREAD as e:
+        raise ValueError(f"{file}: not OK-VQA's or A-OKVQA's format ({type(e).__name__}: {e})") from e
+    split = "val2014" if "val2014" in file.name else "train2014"
+    for number, q in enumerate(entries, 1):
+        if limit and len(questions) == limit:
+            break
+        try:
+            if ok_vqa:
+                photo, answers = f"COCO_{split}_{q['image_id']:012d}", given[q["question_id"]]
+            elif q["difficult_direct_answer"] is True:
+                continue
+            else:
+                photo, answers = f"{q['image_id']:012d}", [{text} for text in q["direct_answers"]]
+            questions.append(vqa_question(q, ok_vqa, picture(images, photo), answers, file))
+        except MISREAD as e:
+            message = f"{file}, question {number}: not OK-VQA's or A-OKVQA's format ({type(e).__name__}: {e})"
+            if bad is None:
+                raise ValueError(message) from e
+            bad.append(message)
+    if not questions and not bad:
         raise ValueError(f"{file} has no question")
-    return questions[:limit]
+    return questions
 
 
 def annotations(file):
@@ -236,10 +288,13 @@ def annotations(file):
     return Path(file).with_name(Path(file).name.removeprefix("OpenEnded_").replace("questions", "annotations"))
 
 
-def vqa_question(q, task, image, answers, leave_one_out, file):
+def vqa_question(q, ok_vqa, image, answers, file):
+    if not answers:
+        raise ValueError("it has no answer")
+    answers = [frozenset(form.strip().lower() for form in forms) for forms in answers]
     common = Counter(min(forms, key=len) for forms in answers).most_common(1)[0][0]
-    return Question(id=str(q["question_id"]), question=q["question"].strip(), image=image, answer=common, task=task,
-                    answers=tuple(map(frozenset, answers)), leave_one_out=leave_one_out,
+    return Question(id=str(q["question_id"]), question=q["question"].strip(), image=image, answer=common,
+                    task="OK-VQA" if ok_vqa else "A-OKVQA", answers=tuple(answers), leave_one_out=ok_vqa,
                     where=f"{file}, question {q['question_id']}")
 
 
@@ -257,6 +312,8 @@ SIX = tuple(TASKS.values())
 
 def task_of(types):
     """GQA's `types` of a question -> its task of Table 1, or "structural/semantic", its group of Table 2."""
+    for name in ("structural", "semantic", "detailed"):
+        check_text(name, types[name])
     for (structural, semantic, detailed), task in TASKS.items():
         if (structural, semantic) == (types["structural"], types["semantic"]) and (
                 detailed == "*" or types["detailed"] in detailed.split()):
@@ -283,7 +340,7 @@ def read_gqa(file, images=None, bad=None, limit=None, scene_graphs=None, regions
         try:
             for region in image["regions"]:
                 phrases[str(region["image_id"])].append(region["phrase"])
-        except (KeyError, TypeError) as e:
+        except MISREAD as e:
             raise ValueError(f"{regions}, image {i}: not Visual Genome's regions ({type(e).__name__}: {e})") from e
     questions = {}
     for number, raw in read_json(file).items():
@@ -296,7 +353,7 @@ def read_gqa(file, images=None, bad=None, limit=None, scene_graphs=None, regions
             graph = graphs.get(image) if task in SIX else None      # the others need no boxes
             q = gqa_question(number, raw, task, picture(images, image), graph, phrases.get(image, ()), where)
             questions.setdefault(task, []).append(q)
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except MISREAD as e:
             why = e if type(e) is ValueError else f"not GQA's format ({type(e).__name__}: {e})"
             message = f"{where}: {why}"
             if bad is None:
@@ -340,52 +397,6 @@ def program_of(raw):
     return options, things
 
 
-def paper_row(q, raw):
-    """A question of the six tasks, and its entry in GQA's file, -> a row of the paper's CSV as a dict.
-
-    None where the columns cannot hold it: no object is on the photo, or a name means several objects.
-    """
-    _, things = program_of(raw)
-    slots = OBJECTS[1:] if q.task in ("ChooseRel", "CompareAttr", "LogicalObj") else OBJECTS[:1]
-    if not q.boxes or len(things) != len(slots) or any(len(ids) > 1 for _, ids in things):
-        return None
-    boxes = iter(q.boxes)
-    placed = [next(boxes) if ids else ("-",) * 4 for _, ids in things]
-    row = {"question_id": q.id, "img_id": raw["imageId"], "question": q.question, "answer": q.answer}
-    if q.true_option:
-        row |= {"true option": q.true_option, "false option": q.false_option}
-    for slot, (name, ids) in zip(slots, things, strict=True):
-        row |= {f"{slot} name": name, f"{slot} id": ids[0] if ids else "-"}
-    row |= {f"type_{kind}": raw["types"][kind] for kind in ("detailed", "semantic", "structural")}
-    row |= {"operations": str(raw["semantic"]), "captions": q.captions, "image_w": q.size[0], "image_h": q.size[1]}
-    for slot, box in zip(slots, placed, strict=True):
-        row |= {f"{slot} {key}": value for key, value in zip("whxy", (box[2], box[3], box[0], box[1]), strict=True)}
-    return row
-
-
-def collect(folder, file, right, most=1000, seed=0):
-    """Table 1: write at most `most` questions of each task, of those that a model answered right, as CSVs -> paths.
-
-    right: list of Question, with boxes, from the GQA question file `file`. The columns are the paper's.
-    """
-    raw, paths, by_task = read_json(file), [], {task: [] for task in SIX}
-    for q in right:
-        if q.task in SIX and (row := paper_row(q, raw[q.id])):
-            by_task[q.task].append(row)
-    for task, rows in by_task.items():
-        if not rows:
-            print(f"{task}: no question was answered right and has its objects on the photo")
-            continue
-        rows = random.Random(f"{seed}/{task}").sample(rows, min(most, len(rows)))
-        paths.append(Path(folder) / f"{Path(file).stem}_{task}.csv")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with open(paths[-1], "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    return paths
-
-
 def beside(file):
     """The scene graphs and region descriptions beside a GQA question file, under their published names."""
     file = Path(file)
@@ -413,9 +424,13 @@ def data_files(files):
 
 
 def picture(folder, name):
-    """The photo of an id in a folder: .jpg, .jpeg or .png, whichever is there; .jpg where none is."""
+    """The photo of an id in a folder: .jpg, .jpeg or .png, whichever is there; .jpg where none is. ValueError: the name
+    leads out of the folder."""
     if folder is None:
         return None
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or max(map(len, parts)) > 200:
+        raise ValueError(f"the picture's name {shown(name)} is not that of a file in {folder}")
     names = [name] if Path(name).suffix else [name + end for end in (".jpg", ".jpeg", ".png")]
     return next((Path(folder) / n for n in names if (Path(folder) / n).exists()), Path(folder) / names[0])
 

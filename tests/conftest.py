@@ -1,4 +1,5 @@
 """What every test file shares: the import path, one thread, and world.py's tiny checkpoints, written once a run."""
+import datetime
 import functools
 import os
 import sys
@@ -11,6 +12,28 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(1)                           # with tiny tensors more threads only wait for each other,
 os.environ.setdefault("OMP_NUM_THREADS", "1")      # here and in the processes that tests start
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reliability", metavar="FILE", help="with -m chaos: write the table of promises into this file")
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    """After -m chaos: what was promised, how it was tested, how often."""
+    from chaos import PROMISES
+    if not PROMISES:
+        return
+    failed = bool(terminalreporter.stats.get("failed"))
+    lines = ["| promise | how it is tested | cases |", "|---|---|---|",
+             *(f"| {text} | {how} | {n} |" for text, (how, n) in PROMISES.items())]
+    machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]}"
+    lines += ["", f"`python -m pytest tests -m chaos --reliability docs/reliability.md`, {datetime.date.today()}, "
+              f"{machine}: {sum(n for _, n in PROMISES.values())} cases, {'NOT ALL HELD' if failed else 'all held'}."]
+    terminalreporter.write_line("\n".join(lines))
+    if file := config.getoption("--reliability"):
+        before, mark, rest = Path(file).read_text(encoding="utf-8").partition("<!-- table -->\n")
+        after = rest.partition("<!-- end -->\n")[2]
+        Path(file).write_text(f"{before}{mark}" + "\n".join(lines) + f"\n<!-- end -->\n{after}", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +62,7 @@ def model(checkpoint):
 def call(monkeypatch, capsys):
     """call(main, *argv) -> (exit code, stdout, stderr), of a script's main in this process."""
     monkeypatch.delenv("LLAVA_FLOW_TRACEBACK", raising=False)
-    from harness.experiment import one_line_errors
+    from harness.errors import one_line_errors
 
     def run(main, *argv):
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])

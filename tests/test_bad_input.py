@@ -70,7 +70,7 @@ def test_a_decompression_bomb_is_refused(call, checkpoint, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_a_bad_row_stops_the_run_with_what_was_finished_or_is_left_out_under_skip_bad(call, data, checkpoint, tmp_path):
     argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->last")
-    os.remove(tmp_path / "b.jpg")                                   # the second question's picture
+    spoil(tmp_path / "b.jpg", "truncated")                          # the second question's picture
     refused(call(knockout.main, *argv, "--out", tmp_path / "out"), "b.jpg", "x_ChooseAttr.csv, line 3")
     assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01"}
     code, stdout, err = call(knockout.main, *argv, "--skip-bad", "--out", tmp_path / "out")
@@ -79,6 +79,16 @@ def test_a_bad_row_stops_the_run_with_what_was_finished_or_is_left_out_under_ski
     world.picture(60, 90).save(tmp_path / "b.jpg")                  # it is found again: the run is completed
     assert call(knockout.main, *argv, "--out", tmp_path / "out")[0] == 0
     assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01", "02", "03"}
+
+
+def test_a_picture_that_is_missing_is_named_before_anything_is_computed(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->last")
+    os.remove(tmp_path / "b.jpg")
+    refused(call(knockout.main, *argv, "--out", tmp_path / "out"), "b.jpg", "no such picture", "ChooseAttr.csv, line 3")
+    assert not (tmp_path / "out").exists()
+    code, stdout, err = call(knockout.main, *argv, "--skip-bad", "--out", tmp_path / "out")
+    assert code == 0 and "left out: " in stdout and "b.jpg" in stdout, err
+    assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01", "03"}
 
 
 @pytest.mark.parametrize("edit, words", [
@@ -144,12 +154,37 @@ def test_damaged_files_of_a_checkpoint_are_named(call, checkpoint, tmp_path, spo
     refused(call(llava_min.main, "--model", folder, "--question", "Is it red?"), *words)
 
 
-def test_probabilities_that_are_not_numbers_stop_the_run(call, checkpoint, tmp_path, photo):
+@pytest.mark.parametrize("dtype, advice", [("float16", "try --dtype bfloat16 or float32"),
+                                           ("bfloat16", "try --dtype float32"), ("float32", "published ones?")])
+def test_a_layer_that_overflows_is_named_with_the_question_the_dtype_and_advice_that_fits(call, checkpoint, tmp_path,
+                                                                                          dtype, advice):
     shutil.copytree(checkpoint("vicuna"), tmp_path / "model")
-    resave(tmp_path / "model", lambda t: t["lm_head.weight"].fill_(float("inf")))
+
+    def enlarge(tensors):                                           # each fits into the dtype, their product does not
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj.weight"):
+            tensors[name] = torch.full(tensors[name].shape, 6e4 if dtype == "float16" else 1e30)
+    resave(tmp_path / "model", enlarge)
     (tmp_path / "x_Cap.csv").write_text(HEADER + ",captions\n" + ROWS[0] + ",a red cup.\n")
-    refused(call(knockout.main, "--model", tmp_path / "model", "--data", tmp_path / "x_Cap.csv", "--all", "--edge",
-                 "captions->last", "--skip-bad", "--out", tmp_path / "out"), "non-finite", "--dtype")
+    argv = ("--model", tmp_path / "model", "--data", tmp_path / "x_Cap.csv", "--all", "--edge", "captions->last",
+            "--dtype", dtype, "--out", tmp_path / "out")
+    refused(call(knockout.main, *argv), "x_Cap.csv, line 2", "after layer 1 ", f"in {dtype}", advice)
+    code, stdout, err = call(knockout.main, *argv, "--skip-bad")
+    assert code == 2 and "after layer 1 " in stdout and "no row was measured" in err, (stdout, err)
+
+
+@pytest.mark.parametrize("value, dtype, words", [(float("nan"), "float32", "holds NaN or infinity"),
+                                                 (float("inf"), "float16", "holds NaN or infinity"),
+                                                 (1e30, "float16", "torch.float16 is too narrow")])
+def test_weights_that_are_not_numbers_are_named_when_they_are_loaded(call, checkpoint, tmp_path, value, dtype, words):
+    shutil.copytree(checkpoint("vicuna"), tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damage(tensors):
+        tensors[name] = tensors[name].float()
+        tensors[name][3, 5] = value
+    resave(tmp_path / "model", damage)
+    refused(call(llava_min.main, "--model", tmp_path / "model", "--question", "Is it red?", "--dtype", dtype), name,
+            words)
 
 
 # ---------------------------------------------------------------------------------------------------- folders, devices

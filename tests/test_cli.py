@@ -44,7 +44,7 @@ def test_knockout_writes_a_row_per_question_edge_and_layer_equal_to_the_plain_cu
     assert "3/3" in err and str(out / "knockout.csv") in stdout and str(out / "knockout.png") in stdout
     assert err.startswith(f"model {checkpoint(kind)} ") and err.count("model ") == 1    # one line of what was resolved
     rows, m = read(out / "knockout.csv"), model(kind)
-    L, edges = len(m.decoder.layers), ["image->question", "true_option->last", "last->last"]
+    L, edges = len(m.decoder.layers), ["last->last", "image->question", "true_option->last"]
     assert tuple(rows[0]) == knockout.COLUMNS
     assert [(r["question_id"], r["edge"], int(r["layer"])) for r in rows] == [
         (q, e, l) for q in ("01", "02", "03") for e in edges for l in range(L)]
@@ -129,8 +129,10 @@ def test_shards_are_merged_as_one_process_would_have_written_them(call, data, ch
     assert (tmp_path / "two" / f"{name}.png").exists()
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert (record["shards"], record["questions"], len(record["calls"])) == (2, 3, 2)
+    (tmp_path / "two" / f"{name}.png").unlink()                     # a shard that is called again draws what is missing
     code, stdout, _ = call(main, *argv, "--shard", "1/2", "--out", tmp_path / "two")
-    assert code == 0 and "merged in" in stdout
+    assert code == 0 and "merged in" in stdout and (tmp_path / "two" / f"{name}.png").exists()
+    refused(call(main, *argv, "--shard", "1/2", "--limit", 2, "--out", tmp_path / "two"), "other questions", "asks 2")
     assert call(main, *argv, "--out", tmp_path / "two")[0] == 0     # and one process can resume it
     refused(call(main, *argv, "--shard", "2/2", "--out", tmp_path / "two"), "--shard", "'2/2'")
 
@@ -316,8 +318,10 @@ def test_a_run_is_not_resumed_with_other_pictures_or_another_config(call, photo,
             tmp_path / "out")
     assert call(knockout.main, *argv)[0] == 0
     shutil.move(folder, tmp_path / "moved")                         # elsewhere it is the same model, and the same photo
-    shutil.copy(photo, tmp_path / "copy.png")
-    assert call(knockout.main, "--model", tmp_path / "moved", "--image", tmp_path / "copy.png", *argv[4:])[0] == 0
+    (tmp_path / "other").mkdir()
+    shutil.copy(photo, tmp_path / "other")
+    again = ("--model", tmp_path / "moved", "--image", tmp_path / "other" / photo.name, *argv[4:])
+    assert call(knockout.main, *again)[0] == 0
     shutil.move(tmp_path / "moved", folder)
     raw = json.loads((folder / "config.json").read_text())
     raw["text_config"]["rope_theta"] = 20000.0

@@ -6,6 +6,7 @@ the edges that a question has.
 import argparse
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ import lens
 import prune
 from groups import EmptyGroup
 from harness import questions
-from harness.experiment import DataSettings, ModelSettings, Parser, Shared, Study, one_line_errors
+from harness.errors import one_line_errors
+from harness.experiment import DataSettings, ModelSettings, Parser, Shared, Study
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,14 +71,51 @@ def test_ctrl_c_says_that_the_run_can_be_resumed(capsys):
 
 
 @pytest.mark.slow
-def test_a_reader_that_stops_early_is_no_error():
-    """`knockout.py --help | head -1`, without the race: the pipe is closed before anything is printed."""
+@pytest.mark.parametrize("printed, code", [("x", 0), ("x' * 10 ** 6 + '", 141)])
+def test_a_reader_that_stops_early_is_no_error_but_a_stop_before_the_end_is_no_success(printed, code):
+    """`knockout.py | head -1`, without the race: the pipe is closed before anything is printed. A short text is still
+    in the buffer when the work is done, a long one is not."""
     end, start = os.pipe()
     os.close(end)
-    code = "from harness.experiment import one_line_errors\nwith one_line_errors():\n    print('x' * 10 ** 6)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=start, stderr=subprocess.PIPE, text=True)
+    program = f"from harness.errors import one_line_errors\nwith one_line_errors():\n    print('{printed}')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=start, stderr=subprocess.PIPE, text=True,
+                          env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"})
     os.close(start)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams, code, err", [("<&- >&-", 0, "note\n"), (">&- 2>&-", 0, ""),
+                                                ("> /dev/full", 2, "note\nerror: the output: No space left on "
+                                                                   "device\n")])
+def test_streams_that_are_closed_or_full_give_no_traceback(streams, code, err):
+    program = ("import sys; from harness.errors import one_line_errors\nwith one_line_errors():\n"
+               "    print('note', file=sys.stderr); print('x')")
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {streams}', sys.executable, program], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, err)
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        print("a\x1b[31mb\tc\x9bd")
+        raise ValueError("\x1b]0;title\x07.png: no such picture")
+    out, err = capsys.readouterr()
+    assert out == "a\\x1b[31mb\tc\\x9bd\n" and err == "error: \\x1b]0;title\\x07.png: no such picture\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["knockout.py", "lens.py", "prune.py", "eval_gqa.py", "figures.py", "check.py",
+                                    "bench.py", "llava_min.py"])
+def test_ctrl_c_while_torch_is_imported_gives_no_traceback(script):
+    with subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}) as process:
+        for line in process.stderr:                                 # the first modules of torch have been imported
+            if b"| " in line and b"torch" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode in (-signal.SIGINT, 130)
 
 
 # ---------------------------------------------------------------------------------------------------- types of flags
@@ -93,10 +132,20 @@ def test_a_type_reads_what_it_says_and_refuses_the_rest_by_its_text(read, good, 
             read(text)
 
 
-def test_edges_are_canonical_and_each_comes_once_in_the_order_they_were_given():
-    assert Parser.edges(["Image->Last", "last -> last", "image->last"]) == (("image", "last"), ("last", "last"))
+def test_edges_are_canonical_and_each_comes_once_in_an_order_of_their_own():
+    edges = ["text:cup->last", "Image->Last", "last -> last", "captions->question", "image->last"]
+    for given in (edges, edges[::-1]):
+        assert Parser.edges(given) == (("image", "last"), ("last", "last"), ("captions", "question"),
+                                       ("text:cup", "last"))
     with pytest.raises(ValueError, match="SOURCE->TARGET"):
         Parser.edges(["image->last", "image"])
+
+
+@pytest.mark.parametrize("edge", ["last->image", "question->image", "last->question", "instruction->options",
+                                  "image->system", "question->related_patches"])
+def test_an_edge_backwards_in_time_is_refused_with_the_reason(edge):
+    with pytest.raises(ValueError, match=f"{edge}: {edge.split('->')[1]} comes before .* attends only to what came"):
+        Parser.edges(["image->last", edge])
 
 
 def test_the_window_is_the_papers_9_or_3_for_the_bundled_models():
@@ -264,5 +313,8 @@ def test_an_error_inside_a_question_ends_the_run_or_is_noted_under_skip_bad(stud
     with lenient.skipping_bad():
         raise ValueError("bad")
     assert lenient.bad == ["bad"]
-    with pytest.raises(FloatingPointError), lenient.skipping_bad():         # not of this question's making
+    with lenient.skipping_bad():
         raise FloatingPointError("non-finite")
+    assert lenient.bad == ["bad", "non-finite"]
+    with pytest.raises(KeyError), lenient.skipping_bad():                   # a defect of ours
+        raise KeyError("x")

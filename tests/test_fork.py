@@ -134,7 +134,7 @@ def test_a_probability_is_the_softmax_in_float32_and_must_be_finite():
     logits = torch.tensor([1.0, 3.0, 2.0], dtype=torch.bfloat16)
     assert probability(logits, 1) == pytest.approx(torch.tensor([1.0, 3.0, 2.0]).softmax(0)[1].item())
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(FloatingPointError, match="--dtype"):
+        with pytest.raises(FloatingPointError, match="in float32: are these weights"):
             finite(bad)
 
 

@@ -28,8 +28,9 @@ import lens
 import llama3
 import llava_min
 import vicuna
+from eval_gqa import paper_row
 from groups import EmptyGroup, option_spans, parse_edge
-from harness.questions import OBJECTS, SIX, gqa_question, paper_row, read_csv, task_of
+from harness.questions import OBJECTS, SIX, gqa_question, read_csv, task_of
 from views import best_canvas, open_image, patch_slots, patches_in_boxes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

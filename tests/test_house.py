@@ -24,7 +24,8 @@ ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py
          "lens.py": {"fork", "knockout"}, "prune.py": {"fork", "knockout"}, "eval_gqa.py": {"llava_min"},
          "harness/runs.py": set(), "harness/plots.py": set(), "harness/hub.py": {"llava_min", "vicuna"},
          "harness/questions.py": {"llava_min", "groups", "views"},
-         "harness/experiment.py": {"llava_min", "groups", "fork", "harness.hub", "harness.questions", "harness.runs"}}
+         "harness/experiment.py": {"llava_min", "groups", "fork", "views", "harness.hub", "harness.questions",
+                                   "harness.runs"}}
 
 
 def imports(name):

@@ -2,11 +2,14 @@
 
 harness/plots.py: that it draws every kind of CSV again, what its intervals are, and what it refuses.
 """
+import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import refused
 
@@ -78,16 +81,77 @@ def test_plots_refuses_a_csv_that_is_not_a_runs(call, tmp_path):
     assert not (tmp_path / "k.png").exists()
 
 
-def test_the_interval_of_a_mean_is_196_standard_errors():
-    mean, half = plots.mean_interval([[1.0, 0.0], [3.0, 0.0]])
-    assert mean.tolist() == [2.0, 0.0] and half.tolist() == pytest.approx([1.96, 0.0])   # sd sqrt(2), n 2
-    assert plots.mean_interval([[4.0]])[1].tolist() == [0.0]
+def interval_of(curves):
+    mean = plots.Mean()
+    for curve in curves:
+        mean.add(curve)
+    return mean.mean(), *mean.interval()
+
+
+def test_the_interval_of_a_mean_is_about_two_standard_errors_and_never_leaves_what_was_measured():
+    """On many curves the bootstrap agrees with 1.96 standard errors; on lopsided ones it keeps to their bounds."""
+    values = np.random.default_rng(1).normal(5, 2, (400, 3))
+    mean, low, high = interval_of(values)
+    assert mean == pytest.approx(values.mean(0))
+    half = 1.96 * values.std(0, ddof=1) / 20
+    assert mean - low == pytest.approx(half, rel=0.15) and high - mean == pytest.approx(half, rel=0.15)
+    changes = [[-100.0]] * 11 + [[900.0]]                           # 1.96 standard errors would reach to -180 %
+    mean, low, high = interval_of(changes)
+    assert mean[0] == pytest.approx(-200 / 12) and -100 <= low[0] < mean[0] < high[0] <= 900
+    assert [v.tolist() for v in interval_of([[4.0]] * 10)] == [[4.0]] * 3
+    assert [v.tolist() for v in interval_of(changes)] == [v.tolist() for v in interval_of(changes)]     # no chance
+
+
+@pytest.mark.parametrize("n", [9, 10])
+def test_below_ten_questions_each_curve_is_drawn_and_from_ten_on_an_interval(tmp_path, monkeypatch, n):
+    rows = [f"{q},t,image->last,3,{l},{-q}" for q in range(n) for l in range(2)]
+    (tmp_path / "k.csv").write_text("\n".join(["question_id,task,edge,window,layer,change_percent", *rows]) + "\n")
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda fig, file: figures.append(fig))
+    assert plots.knockout(tmp_path / "k.csv", tmp_path / "k.png") == {("t", "image->last"): ([0, 1], [(1 - n) / 2] * 2,
+                                                                                           n)}
+    ax, = figures[0].axes
+    thin = [line for line in ax.lines if line.get_linewidth() == 0.5]
+    assert (len(thin), len(ax.collections)) == ((9, 0) if n == 9 else (0, 1))
+    assert [line.get_ydata().tolist() for line in thin] == [[-q, -q] for q in range(n)] * (n == 9)
+
+
+def test_drawing_takes_no_more_memory_for_more_questions(tmp_path):
+    """The peak of what Python allocates, for 50 and for 500 questions of one curve each."""
+    peaks = []
+    for n in (50, 500):
+        rows = (f"{q},t,image->last,3,{l},{q / 7}\n" for q in range(n) for l in range(32))
+        (tmp_path / "k.csv").write_text("question_id,task,edge,window,layer,change_percent\n" + "".join(rows))
+        plots.knockout(tmp_path / "k.csv", tmp_path / "k.png")      # fonts are read the first time
+        tracemalloc.start()
+        plots.knockout(tmp_path / "k.csv", tmp_path / "k.png")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_drawing_chooses_no_backend(tmp_path):
+    (tmp_path / "k.csv").write_text("question_id,task,edge,window,layer,change_percent\n1,t,a->b,3,0,-5\n")
+    code = ("import sys, matplotlib; from harness import plots\n"
+            "matplotlib.use('svg'); plots.knockout('k.csv', 'k.png')\n"
+            "assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "k.png").exists(), done.stderr
 
 
 def test_the_interval_of_a_change_is_never_nothing_and_stays_within_what_can_be():
     """Eighteen questions and half a one in each of four cells are twenty: by hand."""
-    assert plots.paired_interval([0] * 18) == pytest.approx((-0.098, 0.098))                # 1.96 sqrt(1/20/20)
-    assert plots.paired_interval([-1] * 10 + [0] * 8) == pytest.approx((-0.74005, -0.25995), abs=1e-5)
-    assert plots.paired_interval([-1] * 6 + [1] * 2 + [0] * 10) == pytest.approx(
+    assert plots.paired_interval([0] * 18, 0.5) == pytest.approx((-0.098, 0.098))           # 1.96 sqrt(1/20/20)
+    assert plots.paired_interval([-1] * 10 + [0] * 8, 0.9) == pytest.approx((-0.74005, -0.25995), abs=1e-5)
+    assert plots.paired_interval([-1] * 6 + [1] * 2 + [0] * 10, 0.6) == pytest.approx(
         (-0.2 - 1.96 * (0.41 / 20) ** 0.5, -0.2 + 1.96 * (0.41 / 20) ** 0.5))
-    assert plots.paired_interval([-1])[0] == -1
+    assert plots.paired_interval([0] * 18, 0.95) == pytest.approx((-0.098, 0.05))           # accuracy ends at 100 %
+    assert plots.paired_interval([0] * 18, 0.01) == pytest.approx((-0.01, 0.098))
+    assert plots.paired_interval([-1], 0.5)[0] == -0.5
+
+
+def test_where_every_answer_was_right_the_interval_of_a_change_is_wilsons_and_has_no_upper_half():
+    low, high = plots.wilson(8, 10)                                 # 0.490, 0.943
+    assert plots.paired_interval([-1] * 2 + [0] * 8, 1.0) == pytest.approx((low - 1, high - 1))
+    assert plots.paired_interval([0] * 10, 1.0) == pytest.approx((-0.27755, 0), abs=1e-5)

@@ -301,7 +301,7 @@ def test_knockout_reads_a_made_world_by_its_gqa_file(call, world, checkpoint, tm
                         "related_patches->last", "--out", tmp_path)
     assert code == 0, err
     assert {r["task"] for r in read(tmp_path / "knockout.csv")} == set(SIX)
-    data = json.loads((tmp_path / "run.json").read_text())["settings"]["data"]
+    data = json.loads((tmp_path / "run.json").read_text())["data"]
     assert [name.split()[0] for name in data] == ["val_balanced_questions.json", "val_sceneGraphs.json",
                                                   "region_descriptions.json"]
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from harness.experiment import Parser, one_line_errors
+from harness.errors import one_line_errors
+from harness.experiment import Parser
 from harness.questions import TASKS, task_of
 
 # ---------------------------------------------------------------------------------------------------- scenes

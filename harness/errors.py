@@ -1,0 +1,76 @@
+"""
+harness/errors.py - what a user can cause ends in one line and exit code 2; nothing else of this repo is needed.
+
+Use     with one_line_errors():
+            run(parse())
+"""
+import os
+import signal
+import sys
+from contextlib import contextmanager
+
+
+@contextmanager
+def one_line_errors():
+    """Errors that a user can cause print one line on stderr and exit with code 2 (Ctrl-C: 130).
+
+    A reader of the output that stops early, as `| head` does, ends the process with code 141, like other programs; with
+    code 0 if the work was done. LLAVA_FLOW_TRACEBACK=1 in the environment shows where an error came from instead.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # a script sets it while it imports torch
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Printable, before)
+    done = False
+    try:
+        yield
+        done = True
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes a run that has an --out folder", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stdout.discard()
+        if not done:
+            sys.exit(141)
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
+        full = isinstance(e, MemoryError) or "out of memory" in str(e) or "can't allocate memory" in str(e)
+        if type(e) is RuntimeError and not full or os.environ.get("LLAVA_FLOW_TRACEBACK"):
+            raise
+        if isinstance(e, OSError) and e.strerror:
+            text = f"{e.filename or 'the output'}: {e.strerror}"
+            if not e.filename:                                      # a full disk behind `> file`
+                sys.stdout.discard()
+        elif full:
+            text = f"out of memory ({e}); try --dtype bfloat16, a smaller model, or --device cpu"
+        else:
+            text = str(e)
+        text = " ".join(text.split())
+        print("error: " + (text if len(text) < 700 else f"{text[:500]} ... {text[-150:]}"), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class Printable:
+    """stdout or stderr for text from anywhere: control characters, which could steer a terminal, come out as \\x1b.
+
+    A letter that the terminal lacks comes out as "?". A stream that was closed before the program began prints nothing.
+    """
+
+    CONTROL = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\r\t"}
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")                        # noqa: SIM115
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text):
+        return self.stream.write(text.translate(self.CONTROL))
+
+    def discard(self):
+        """Print nothing from here on: the file behind the stream takes nothing anymore."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
