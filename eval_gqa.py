@@ -16,7 +16,6 @@ Shapes  B prompts  T tokens of the longest suffix  P tokens of the shared prefix
 Writes  eval.csv (a row per question), accuracy.csv (a row per group), predictions.json (for GQA's own scorer),
         run.json; with --collect the six files of Table 1.
 """
-import csv
 import json
 import random
 import signal
@@ -127,21 +126,23 @@ def collect(folder, file, right, most=1000, seed=0):
     right: list of Question, with boxes, from the GQA question file `file`. The columns are the paper's.
     """
     from harness.questions import SIX, read_json
+    from harness.runs import csv_text, replace_text
     raw, paths, by_task = read_json(file), [], {task: [] for task in SIX}
+
+    def file_of(task):
+        return Path(folder) / f"{Path(file).stem}_{task}.csv"
     for q in right:
         if q.task in SIX and (row := paper_row(q, raw[q.id])):
             by_task[q.task].append(row)
     for task, rows in by_task.items():
         if not rows:
             print(f"{task}: no question was answered right and has its objects on the photo")
+            file_of(task).unlink(missing_ok=True)                   # of an earlier call
             continue
         rows = random.Random(f"{seed}/{task}").sample(rows, min(most, len(rows)))
-        paths.append(Path(folder) / f"{Path(file).stem}_{task}.csv")
+        paths.append(file_of(task))
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with open(paths[-1], "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        replace_text(paths[-1], csv_text([rows[0], *(row.values() for row in rows)]))
     return paths
 
 
@@ -187,8 +188,10 @@ def run(s, load=None):
             for q in batch:
                 with study.skipping_bad(q):
                     ask(study, s, [q])
+        except BaseException:                                       # Ctrl-C: a notebook can go on in the same folder
+            study.run.close()
+            raise
     study.run.finish()
-    study.print_bad()
     if not study.run.rows_written():
         raise ValueError("no question could be asked")
     rows = plots.read(study.csv, COLUMNS)
@@ -197,9 +200,11 @@ def run(s, load=None):
         right = {f"{row['task']}/{row['question_id']}" for row in rows if row["correct"] == "1"}
         chosen = [q for q in study.questions if q.key in right]
         paths = collect(s.collect, s.shared.data.data[0], chosen, s.most, s.shared.seed)
-    write_results(study, rows, accuracy(rows, questions.group_of, questions.SIX, plots.wilson), runs.replace_text)
+    table = accuracy(rows, questions.group_of, questions.SIX, plots.wilson)
+    write_results(study, rows, table, runs.replace_text, runs.csv_text)
     for path in paths:
         print(f"wrote {path}")
+    study.print_bad()
 
 
 def ask(study, s, batch):
@@ -213,7 +218,8 @@ def ask(study, s, batch):
 
 def by_photo(questions):
     """Questions without what --collect alone needs, those about one photo together, short ones first."""
-    return sorted((replace(q, boxes=(), size=None) for q in questions), key=lambda q: (str(q.image), len(q.question)))
+    bare = (replace(q, boxes=(), size=None, captions="") for q in questions)
+    return sorted(bare, key=lambda q: (str(q.image), len(q.question)))
 
 
 def batches(study, size):
@@ -230,11 +236,11 @@ def batches(study, size):
             batch = []
 
 
-def write_results(study, rows, table, write):
+def write_results(study, rows, table, write, csv_text):
     """accuracy.csv, predictions.json for GQA's scorer, and Table 2 on the screen."""
     file, predictions = study.run.out / "accuracy.csv", study.run.out / "predictions.json"
     lines = [("group", "questions", "correct", "accuracy", "low", "high"), *table]
-    write(file, "".join(",".join(map(str, line)) + "\n" for line in lines))
+    write(file, csv_text(lines))
     write(predictions, json.dumps([{"questionId": row["question_id"], "prediction": row["prediction"]}
                                    for row in rows], indent=0) + "\n")
     print(f"{'group':14}{'questions':>10}{'accuracy':>10}   95 % interval")

@@ -15,7 +15,6 @@ folder of its own; called again, it resumes.
 Writes  figure_N.csv (the plotted rows), figure_N.png, figure_N.pdf; for 18 and 19 also figure_N_lens. table_N.csv; for
         table 1 also the folder table_1/ with its questions, for table 2 also a picture. runs/: the passes.
 """
-import csv
 import functools
 import hashlib
 import math
@@ -36,7 +35,7 @@ import prune
 from harness import errors, experiment, hub, plots
 from harness.experiment import Shared
 from harness.questions import BUNDLED, SIX, NoRows, NoTask, beside
-from harness.runs import naming
+from harness.runs import csv_text, naming, replace_text
 from knockout import token_layers, window
 from llava_min import read_config, read_json
 
@@ -134,6 +133,7 @@ def norms_pass(shared, edges, load):
             study.write(q, [[q.id, q.image.name, q.task, patch, value] for patch, value in enumerate(norms)
                             if not math.isnan(value)])              # a newline has no feature
     study.finish()
+    study.report()
 
 
 def accuracy_pass(shared, collect, load, limit):
@@ -169,7 +169,7 @@ def spelt(pair):
     """("window", 9) -> "window 9", and so on."""
     name, value = pair
     values = () if value is True else value if isinstance(value, tuple) else (value,)
-    return " ".join((name, *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)))
+    return " ".join((name, *(f"{v:.17g}" if isinstance(v, float) else str(v) for v in values)))
 
 
 def folder(a_pass, edges):
@@ -239,7 +239,7 @@ def run(s):
     if s.list:
         return show_list()
     numbers, tables = choose(s)
-    out, chosen, runs, drawn, empty = Path(s.shared.out), pictures(numbers), {}, set(), []
+    out, chosen, runs, drawn, empty = Path(s.shared.out), pictures(numbers), {}, {}, []
     load = functools.cache(experiment.load_model)                   # one model for all passes
 
     def do(one_pass, what, to, tasks=None, **how):
@@ -277,14 +277,13 @@ def run(s):
         do(PASSES[kind][0], edges, runs[a_pass], **dict(how))
         for name, figure in chosen.items():
             if name not in drawn and all(other in runs for other in passes(figure)):
-                drawn.add(name)
-                show_figure(name, figure, runs, out)
-    if empty and not tables and not any((out / f"{name}.csv").exists() for name in chosen):
+                drawn[name] = show_figure(name, figure, runs, out)
+    if empty and not tables and not any(drawn.values()):
         raise empty[0]
     if tables:
         collect, folder_of = str(out / "table_1") if "table1" in tables else None, out / "runs" / "eval_gqa"
         do(accuracy_pass, collect, folder_of, limit=s.limit)
-        show_tables(tables, folder_of, out)
+        show_tables(tables, folder_of, out, Path(s.shared.data.data[0]).stem)
 
 
 def of_one_model():
@@ -323,27 +322,31 @@ def whole_gqa(d):
 
 
 def show_figure(name, figure, runs, out):
-    """A figure's three files from its passes, if these are complete."""
+    """A figure's three files from its passes, if these are complete -> was it drawn?"""
     if any(not (runs[a_pass] / PASSES[a_pass[0]][1]).exists() for a_pass in passes(figure)):
         return print(f"{name}: not drawn, a pass is incomplete (with shards, the last one to finish draws it)")
     file, rows = out / f"{name}.csv", rows_of(figure, runs)
     first = next(rows, None)
     if first is None:
-        return print(f"{name}: no question has its groups")
+        print(f"{name}: no question has its groups")
+        for ending in (".csv", ".png", ".pdf"):                     # of an earlier call, with other questions
+            (out / f"{name}{ending}").unlink(missing_ok=True)
+        return False
     with naming(file), open(file, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, first, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(chain([first], rows))
+        f.write(csv_text([first]))                                  # its keys: the header
+        for row in chain([first], rows):
+            f.write(csv_text([row.values()]))
     draw(PASSES[figure.kind][2], file)
     print(f"{name}, {figure.title}: {file}, .png, .pdf")
+    return True
 
 
-def show_tables(tables, evaluated, out):
-    """Tables 1 and 2 from the folder of eval_gqa.py, if that is complete."""
+def show_tables(tables, evaluated, out, stem):
+    """Tables 1 and 2 from the folder of eval_gqa.py, if that is complete. stem: of the question file's name."""
     if not (evaluated / "accuracy.csv").exists():
         return print(f"{' and '.join(tables)}: the last shard to finish writes them")
     if "table1" in tables:
-        print(f"table_1, {TABLES['table1']}: {write_table_1(out, evaluated / 'eval.csv')}")
+        print(f"table_1, {TABLES['table1']}: {write_table_1(out, evaluated / 'eval.csv', stem)}")
     if "table2" in tables:
         file = out / "table_2.csv"
         file.write_bytes((evaluated / "accuracy.csv").read_bytes())
@@ -356,17 +359,17 @@ def draw(picture, file):
         picture(file, file.with_suffix(suffix))
 
 
-def write_table_1(out, answers):
-    """Table 1 from the rows of eval_gqa.py and the files it collected -> table_1.csv, its path."""
+def write_table_1(out, answers, stem):
+    """Table 1 from the rows of eval_gqa.py and the files it collected -> table_1.csv, its path. stem: of the question
+    file's name, with which theirs begin."""
     asked, file = plots.read(answers, ("task", "correct")), out / "table_1.csv"
-    with naming(file), open(file, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(("task", "questions", "answered right", "collected", "example"))
-        for task in SIX:
-            right = [row["correct"] for row in asked if row["task"] == task]
-            rows = [row for part in (out / "table_1").glob(f"*_{task}.csv") for row in plots.read(part, ("question",))]
-            example = f"{rows[0]['question']} {rows[0]['answer']}" if rows else ""
-            writer.writerow((task, len(right), right.count("1"), len(rows), example))
+    table = [("task", "questions", "answered right", "collected", "example")]
+    for task in SIX:
+        right, part = [row["correct"] for row in asked if row["task"] == task], out / "table_1" / f"{stem}_{task}.csv"
+        rows = plots.read(part, ("question",)) if part.exists() else []
+        example = f"{rows[0]['question']} {rows[0]['answer']}" if rows else ""
+        table.append((task, len(right), right.count("1"), len(rows), example))
+    replace_text(file, csv_text(table))
     return file
 
 

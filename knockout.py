@@ -211,7 +211,9 @@ def run(s, load=None):
             study.write(asked, rows, lacking)                       # synced: a crash loses one question at most
     study.finish()
     picture = study.csv.with_suffix(".png")
-    for (task, edge), (layers, mean, n) in plots.knockout(study.csv, picture).items():
+    drawn = plots.knockout(study.csv, picture)
+    study.report()
+    for (task, edge), (layers, mean, n) in drawn.items():
         change, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
         print(f"{task}, {edge}: largest mean change {change:+.1f} %, around layer {layer} (n = {n})")
     print(f"wrote {study.csv}, {picture} and {study.info}")

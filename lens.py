@@ -21,7 +21,6 @@ Shapes  T tokens  L layers  C width  n positions  V vocabulary  B branches
 
 Writes  lens.csv, top.csv or jaccard.csv, a picture of the same name, run.json.
 """
-import csv
 import signal
 from collections import Counter
 from dataclasses import dataclass
@@ -182,10 +181,10 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
-    from harness import experiment, plots
+    from harness import experiment, plots, runs
     study = experiment.Study(s.shared, load)
     if s.top:
-        return show_top(study, s, plots)
+        return show_top(study, s, plots, runs)
     jaccards = bool(s.modules or s.edges)
     if jaccards:
         study.open("jaccard.csv", COLUMNS["jaccard.csv"], modules=s.modules, edges=["->".join(e) for e in s.edges],
@@ -200,7 +199,9 @@ def run(s, load=None):
             study.write(asked, rows, lacking)                       # synced: a crash loses one question at most
     study.finish()
     picture = study.csv.with_suffix(".png")
-    for (task, name), (layers, mean, n) in (plots.jaccard if jaccards else plots.lens)(study.csv, picture).items():
+    drawn = (plots.jaccard if jaccards else plots.lens)(study.csv, picture)
+    study.report()
+    for (task, name), (layers, mean, n) in drawn.items():
         if jaccards:
             low, layer = min(zip(mean, layers, strict=True))
             print(f"{task}, {name}: lowest mean Jaccard {low:.2f}, at layer {layer} (n = {n})")
@@ -289,7 +290,7 @@ def parse(parser, argv=None):
 
 # ---------------------------------------------------------------------------------------------------- --top
 
-def show_top(study, s, plots):
+def show_top(study, s, plots, runs):
     """The first question's most probable words after each layer, as a table, top.csv and a picture."""
     model, asked = study.model, study.ask(study.questions[0], s.paper_spans)
     p, places, L = asked.prompt, asked.groups.positions(s.at), len(model.decoder.layers)
@@ -304,15 +305,11 @@ def show_top(study, s, plots):
     words = [[[spelt(model, i) for i in row] for row in rows] for rows in ids.tolist()]  # [layer][place][rank]
     file, picture = study.out / "top.csv", study.out / "top.png"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", newline="", encoding="utf-8") as f:
-        write = csv.writer(f, lineterminator="\n").writerow
-        write(COLUMNS["top.csv"])
-        for layer in range(L + 1):
-            for n, place in enumerate(places):
-                for rank in range(s.top):
-                    write([*asked.first_columns, place, p.tokens[place], layer, 1 + rank,
-                           model.tokenizer.id_to_token(ids[layer, n, rank].item()),
-                           finite(values[layer, n, rank].item(), asked.x.dtype), s.norm])
+    rows = [[*asked.first_columns, place, p.tokens[place], layer, 1 + rank,
+             model.tokenizer.id_to_token(ids[layer, n, rank].item()),
+             finite(values[layer, n, rank].item(), asked.x.dtype), s.norm]
+            for layer in range(L + 1) for n, place in enumerate(places) for rank in range(s.top)]
+    runs.replace_text(file, runs.csv_text([COLUMNS["top.csv"], *rows]))
     title = f"{asked.question.question} {asked.answer}"
     heading = f"{title}   ({s.norm} lens at {s.at})"                # printed once the files are there
     if patches:                                                     # hundreds of places: one layer's words fit

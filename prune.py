@@ -21,6 +21,7 @@ Writes  prune.csv (a row per question and X), prune.png, run.json.
 """
 import argparse
 import json
+import math
 import random
 import signal
 import time
@@ -139,7 +140,9 @@ def run(s, load=None):
             study.write(question, rows if study.counts(right) else (), right=right)
     study.finish()
     picture = study.csv.with_suffix(".png")
-    print_table(plots.prune(study.csv, picture))
+    drawn = plots.prune(study.csv, picture)
+    study.report()
+    print_table(drawn)
     if not all(question.answer for question in study.questions):
         print("where no answer is known, accuracy is agreement with the answer that the whole image gives")
     print(f"wrote {study.csv}, {picture} and {study.info}")
@@ -230,16 +233,23 @@ def suggest(file, L, tolerance, rows, weights=None):
     for line, row in enumerate(rows(file, ("edge", "task", "layer", "change_percent", "window")), 2):
         if row["edge"].split("->")[0] in ("image", "related_patches", "other_patches"):
             try:
-                changes_at[row["edge"], row["task"], int(row["layer"])].append(float(row["change_percent"]))
-                k = int(row["window"])
-            except (TypeError, ValueError):
-                raise ValueError(f"--suggest {file}, row {line}: layer, window or change is not a number") from None
+                layer, change, width = int(row["layer"]), float(row["change_percent"]), int(row["window"])
+            except ValueError:
+                layer, change, width = -1, 0.0, 0
+            if layer < 0 or width < 1 or not math.isfinite(change) or edges and width != k:
+                raise ValueError(f"--suggest {file}, row {line}: layer, window or change is not a number, or windows "
+                                 "of several sizes are in it")
+            changes_at[row["edge"], row["task"], layer].append(change)
+            k = width
             edges.add(row["edge"])
     if not changes_at:
         raise ValueError(f"--suggest {file}: no edge from the image in it; run knockout.py --edge \"image->question\"")
     n_layers = 1 + max(layer for _, _, layer in changes_at)         # a curve has a point for every layer
     if n_layers != L:
         raise ValueError(f"--suggest {file} is of a model with {n_layers} layers, this one has {L}")
+    curves = {(edge, task) for edge, task, _ in changes_at}
+    if len(changes_at) != L * len(curves):
+        raise ValueError(f"--suggest {file}: a curve does not have a point for every layer")
     matters = [layer for (_, _, layer), changes in changes_at.items() if abs(mean(changes)) > tolerance]
     free = 1 + max(matters, default=-1)                             # the first centre from which on none matters
     first = window(free, k, L).start if free < L else L
@@ -258,6 +268,7 @@ def of_model(file, weights):
         return
     try:
         record = json.loads(info.read_text(encoding="utf-8"))
+        record = {**record.get("others", {}), record["csv"]: record}.get(Path(file).name, record)
         theirs, name = record["settings"]["weights"], record.get("model")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{info} is not a run's record ({type(e).__name__}: {e})") from e

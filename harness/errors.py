@@ -20,7 +20,7 @@ def one_line_errors():
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # a script sets it while it imports torch
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(Printable, before)
+    sys.stdout, sys.stderr = Printable(before[0]), Printable(before[1], needed=False)
     done = False
     try:
         yield
@@ -56,17 +56,32 @@ class Printable:
     """stdout or stderr for text from anywhere: control characters, which could steer a terminal, come out as \\x1b.
 
     A letter that the terminal lacks comes out as "?". A stream that was closed before the program began prints nothing.
+    needed: without it, a full disk or a closed pipe behind the stream ends the printing, not the work.
     """
 
     CONTROL = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\r\t"}
 
-    def __init__(self, stream):
+    def __init__(self, stream, needed=True):
+        self.needed = needed
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")                        # noqa: SIM115
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
     def write(self, text):
-        return self.stream.write(text.translate(self.CONTROL))
+        try:
+            return self.stream.write(text.translate(self.CONTROL))
+        except OSError:
+            if self.needed:
+                raise
+            self.discard()
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            if self.needed:
+                raise
+            self.discard()
 
     def discard(self):
         """Print nothing from here on: the file behind the stream takes nothing anymore."""

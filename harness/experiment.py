@@ -188,6 +188,12 @@ class Parser(argparse.ArgumentParser):
 
     def add_shard_flag(self, group):
         rank = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+        try:
+            if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+                raise ValueError("one without the other")
+            self.shard(rank)
+        except (ValueError, argparse.ArgumentTypeError) as e:
+            raise ValueError(f"RANK and WORLD_SIZE in the environment, as torchrun sets them, are no shard: {e}") from e
         group.add_argument("--shard", type=self.shard, default=rank, metavar="I/N",
                            help="every N-th question, starting at the I-th (default: all; torchrun sets it)")
 
@@ -352,8 +358,17 @@ class Study:
             if question and isinstance(e, FloatingPointError):
                 e = self.located(question, e)
             if not self.shared.data.skip_bad:
+                self.close()
                 raise e
             self.bad.append(str(e))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Leave the folder to others. A notebook keeps an error, and with it this run, until the next one."""
+        if self.run:
+            self.run.close()
 
     def located(self, question, error):
         """A value that is not finite -> the same error with the question and the first layer that has one."""
@@ -407,8 +422,20 @@ class Study:
                        **({"skipped": lacking} if lacking else {}))
 
     def finish(self):
-        """Close the run and say what was counted and left out. NoRows: nothing was measured."""
+        """Close the run; draw its pictures next, then let `report` say what was counted. NoRows: nothing was
+        measured."""
         self.run.finish()
+        if not self.run.rows_written():
+            notes = self.run.done.values()
+            known = any(q.answer for q in self.questions) and all("right" in note for note in notes)
+            wrong = known and not self.shared.data.all and not any(note["right"] for note in notes)
+            self.report()
+            raise NoRows("no row was measured: " + (
+                "no question was answered right; --all counts the others, too" if wrong else
+                "no question has the groups, or none could be used"))
+
+    def report(self):
+        """Say what was counted and left out."""
         notes = list(self.run.done.values())
         known = any(q.answer for q in self.questions) and all("right" in note for note in notes)
         right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
@@ -420,11 +447,6 @@ class Study:
                           for note in notes for what, why in note.get("skipped", {}).items())
         for (what, why), n in sorted(skipped.items()):
             print(f"{what}: no row for {n} question{'s' * (n > 1)} ({why})")
-        if not self.run.rows_written():
-            wrong = known and not self.shared.data.all and not any(note["right"] for note in notes)
-            raise NoRows("no row was measured: " + (
-                "no question was answered right; --all counts the others, too" if wrong else
-                "no question has the groups, or none could be used"))
 
     def print_bad(self):
         for message in self.bad:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import llava_min
+from harness.errors import one_line_errors
 from llava_min import Files, find_files, pick, read_json, tower_kind
 from vicuna import fail
 
@@ -181,9 +182,11 @@ def weights_hash(files):
     total = hashlib.sha256()
     for file in [*files.weights, *(files.tower.weights if files.tower else [])]:
         # One hop: the blob it links to is named by the sha256. Where repositories share blobs, that blob is a link too,
-        # to a file that is named by another hash.
+        # to a file that is named by another hash. Elsewhere, a link's name says nothing.
         name = os.path.basename(os.readlink(file)) if os.path.islink(file) else ""
-        if not re.fullmatch("[0-9a-f]{64}", name):
+        snapshots = Path(file).absolute().parents[1]
+        if not (re.fullmatch("[0-9a-f]{64}", name) and snapshots.name == "snapshots" and (
+                snapshots.parent / "blobs" / name).exists()):
             with open(file, "rb") as f:
                 name = hashlib.file_digest(f, "sha256").hexdigest()
         total.update(name.encode())
@@ -203,7 +206,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except (ValueError, OSError) as e:
-        fail(e)

@@ -31,6 +31,8 @@ def page(width, height):
 
 def figure(panels, title, x_label, y_label):
     """An empty figure of so many panels -> (figure, list of axes)."""
+    if panels > 60:
+        raise ValueError(f"{title}: {panels} panels are too many for a picture")
     columns = min(panels, 3)
     rows = -(-panels // columns)
     width = 5.0 if panels == 1 else 3.6
@@ -137,11 +139,15 @@ def distinct(file, column):
     return list(dict.fromkeys(row[column] for row in rows(file, (column,))))
 
 
-def number(file, row, column):
+def number(file, row, column, whole=False, least=-1e30):
+    """A cell as a number. ValueError: it is none, or none that can be drawn."""
     try:
-        return float(row[column])
+        value = float(row[column])
     except ValueError:
-        raise ValueError(f"{file}: {column} {row[column]!r} is not a number") from None
+        value = math.nan
+    if not least <= value <= 1e30 or whole and value != int(value):
+        raise ValueError(f"{file}: {column} {row[column][:30]!r} is not a number that can be drawn")
+    return int(value) if whole else value
 
 
 def save(fig, file):
@@ -201,12 +207,15 @@ def prune(file, picture):
     for (task, question), mine in groupby(rows(file, needed), lambda row: (row["task"], row["question_id"])):
         numbers = {}                                                # X -> correct, seconds, FLOPs, image tokens
         for row in mine:
-            numbers[int(number(file, row, "removed_layers"))] = [number(file, row, name) for name in needed[3:]]
-            keeps[row.get("keep", "none")] = None
+            X = number(file, row, "removed_layers", whole=True, least=0)
+            numbers[X] = [number(file, row, name, least=0) for name in needed[3:]]
+            keeps[row.get("keep") or "none"] = None
             known.add(bool(row.get("answer", "?")))
         if 0 not in numbers or by_task[task].keys() not in (set(), numbers.keys()):
             raise ValueError(f"{file}: question {question} does not have the same removed_layers as the others, with 0")
         correct, seconds, flops, _ = numbers[0]
+        if any(c not in (0, 1) for c, *_ in numbers.values()) or not seconds or not flops:
+            raise ValueError(f"{file}: question {question} has a correct that is not 0 or 1, or took no time")
         for X, (c, s, f, tokens) in sorted(numbers.items()):
             by_task[task][X].append((c, c - correct, s / seconds, f / flops, tokens))
     drawn = defaultdict(dict)
@@ -232,7 +241,7 @@ def prune(file, picture):
                 low, high = (np.clip([values[0] + 100 * v[end] for X, v in by_x.items() if X], 0, 100)
                              for end in ("low", "high"))
                 ax.fill_between([X for X in xs if X], low, high, color=colour, alpha=0.18, linewidth=0)
-        ax.set_title(f"{task} (n = {len(by_task[task][0])})", fontsize=9)
+        ax.set_title(f"{task} (n = {len(by_task[task][0])})", fontsize=9, parse_math=False)
         ax.set_ylim(0, 105 * max(1, *(max(v["time"], v["flops"]) for v in by_x.values())))
         ax.xaxis.get_major_locator().set_params(integer=True)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -243,7 +252,7 @@ def prune(file, picture):
 def norms(file, picture):
     """norms.csv -> a picture: a panel per task, a histogram of the norms of a photo's patch features."""
     needed = ("question_id", "task", "norm")
-    edges = np.linspace(0, max(60.0, *(number(file, row, "norm") for row in rows(file, needed))), 61)
+    edges = np.linspace(0, max(60.0, *(number(file, row, "norm", least=0) for row in rows(file, needed))), 61)
     by_task = defaultdict(lambda: [0, np.zeros(60), 0])             # questions, patches in each bin, above 57
     for (task, _), mine in groupby(rows(file, needed), lambda row: (row["task"], row["question_id"])):
         values = np.array([number(file, row, "norm") for row in mine])
@@ -254,7 +263,7 @@ def norms(file, picture):
         ax.hist(edges[:-1], edges, weights=bins / n, color=COLOURS[0])
         ax.axvline(57, color=COLOURS[1], linewidth=1)               # the paper's threshold
         ax.set_yscale("log")
-        ax.set_title(f"{task} (n = {n}), {above / n:.1f} above 57", fontsize=9)
+        ax.set_title(f"{task} (n = {n}), {above / n:.1f} above 57", fontsize=9, parse_math=False)
     save(fig, picture)
 
 
@@ -271,7 +280,7 @@ def curves(file, picture, series, value, scale, title, x_label, y_label, level=N
     by_panel, layers, drawn, lines = defaultdict(lambda: defaultdict(Mean)), None, {}, {}
     for (place, name, *_), mine in groupby(rows(file, needed), lambda row: (
             row[panel], row[series], row["task"], row["question_id"], row.get("window"))):
-        points = {int(number(file, row, "layer")): scale * number(file, row, value) for row in mine}
+        points = {number(file, row, "layer", whole=True, least=0): scale * number(file, row, value) for row in mine}
         layers = layers or list(points)
         if list(points) != layers:
             raise ValueError(f"{file} does not have the same layers for every question and {series}")
@@ -297,7 +306,7 @@ def curves(file, picture, series, value, scale, title, x_label, y_label, level=N
         if level is not None:
             ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
         n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
-        ax.set_title(f"{place} (n = {n})", fontsize=9)
+        ax.set_title(f"{place} (n = {n})", fontsize=9, parse_math=False)
         ax.xaxis.get_major_locator().set_params(integer=True)
     legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 3),
                         fontsize=8, frameon=False)
@@ -322,8 +331,8 @@ def accuracy(file, picture):
         ax.text(x, y, f"{shares[y, x]:.1f}\n{low:.0f} to {high:.0f}\nn = {row['questions']}", ha="center", va="center",
                 fontsize=7, color="white" if shares[y, x] > 60 else "black")
     shown = ax.imshow(shares, vmin=0, vmax=100, cmap="Blues", aspect="auto")
-    ax.set_xticks(range(len(across)), across, fontsize=8)
-    ax.set_yticks(range(len(down)), down, fontsize=8)
+    ax.set_xticks(range(len(across)), across, fontsize=8, parse_math=False)
+    ax.set_yticks(range(len(down)), down, fontsize=8, parse_math=False)
     fig.colorbar(shown, label="accuracy, %")
     fig.suptitle("Accuracy by kind of question, with 95 % intervals", fontsize=10)
     save(fig, picture)
@@ -431,6 +440,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as e:
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

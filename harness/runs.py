@@ -59,6 +59,9 @@ class Run:
         self.lock = Lock(self.out, wait=merged)
         if merged:
             print(f"all shards are merged in {self.csv}")
+        for file in (self.csv, self.journal, self.info):
+            if file.exists() and not file.is_file():
+                raise ValueError(f"{file} is not a file, but a folder, a pipe or a device; use another --out")
         old, clash = self.old_run(self.out)
         self.recover()
         # done: key -> note, of every finished question, in the order of their rows
@@ -77,21 +80,27 @@ class Run:
         with naming(self.journal):
             self.log = open(self.journal, "a", encoding="utf-8")                               # noqa: SIM115
         call = {"command": sys.argv, "started": now(), "versions": versions(), "machine": machine()}
-        self.record = {**extra, "settings": self.settings, "asked": self.asked, "calls": [*calls, call],
+        self.record = {"csv": name, **extra, "settings": self.settings, "asked": self.asked, "calls": [*calls, call],
                        "questions": len(self.done)} | ({"shards": old["shards"]} if "shards" in old else {})
+        self.record["others"] = others(self.info, name)
         write_json(self.info, self.record)
         if end == 0:
             self.note({"rows": 0} | self.append([self.columns]))
 
     def old_run(self, folder):
-        """An earlier run.json in `folder` -> (the record, {} if there is none; how its settings differ or None)."""
+        """The record of this CSV in the folder's run.json -> (the record, {} if there is none; how its settings differ,
+        or None)."""
         info, file = folder / "run.json", folder / self.name
         if not info.exists():
             if file.exists() and file.stat().st_size:
                 raise ValueError(f"{file} has no run.json beside it, so it cannot be resumed; use another --out")
             return {}, None
         try:
-            old = json.loads(info.read_text(encoding="utf-8"))
+            old = records(info).get(self.name)
+            if old is None:
+                if file.exists() and file.stat().st_size:
+                    raise KeyError(self.name)
+                return {}, None
             theirs, calls = dict(old["settings"]), list(old["calls"])
             if not all(isinstance(call, dict) for call in calls):
                 raise TypeError("calls")
@@ -151,9 +160,7 @@ class Run:
 
     def append(self, rows):
         """Rows, into the CSV -> where they end there, and their hash."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)       # floats come out as repr, in full precision
-        data = text.getvalue().encode()
+        data = csv_text(rows).encode()
         with naming(self.csv):
             self.rows.write(data)
             self.rows.flush()
@@ -251,12 +258,29 @@ class Run:
                 return left
             self.out, self.csv, self.info = self.whole, self.whole / self.name, self.whole / "run.json"
             count = len({key for _, notes in parts for key in notes})
-            self.record |= {"calls": calls, "questions": count, "shards": self.shard[1]}
+            self.record |= {"calls": calls, "questions": count, "shards": self.shard[1],
+                            "others": others(self.info, self.name)}
             write_json(self.info, self.record)
             self.arrange(parts, self.whole)                         # last: where there is a CSV, it is whole
             return None
         finally:
             gate.close()
+
+
+def records(info):
+    """A run.json -> {CSV: its record}. A folder may hold several CSVs; the latest one's record is on top, the others'
+    are in "others". ValueError: it is not a run's."""
+    try:
+        top = json.loads(info.read_text(encoding="utf-8"))
+        return {**top.get("others", {}), top["csv"]: top}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{info} is not a run's record ({type(e).__name__}: {e}); use another --out") from e
+
+
+def others(info, name):
+    """The records of the other CSVs in a run.json, {} if there is none."""
+    found = records(info) if info.exists() else {}
+    return {csv: {k: v for k, v in record.items() if k != "others"} for csv, record in found.items() if csv != name}
 
 
 def finished(file, journal, columns, whole=False):
@@ -319,9 +343,17 @@ def texts(value):
 
 
 def header(columns):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(columns)
-    return text.getvalue().encode()
+    return csv_text([columns]).encode()
+
+
+def csv_text(rows):
+    """Rows as CSV, a line each, ended by a newline; floats come out as repr, in full precision."""
+    lines = []
+    for row in rows:                                                # "\r\n": so that a field with either is quoted
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\r\n").writerow(row)
+        lines.append(line.getvalue()[:-2] + "\n")
+    return "".join(lines)
 
 
 def shard_folder(out, i, n):

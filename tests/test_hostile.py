@@ -26,6 +26,8 @@ import llava_min
 import prune
 import vicuna
 from fork import clean_pass
+from harness import hub, plots
+from harness.experiment import Parser
 from harness.questions import Question, picture, read_any, read_csv
 from knockout import curve, sweep
 from views import Geometry, open_image, views
@@ -307,3 +309,116 @@ def test_after_pip_install_the_scripts_and_the_bundled_model_work_from_any_folde
                               text=True, env=os.environ | {"PYTHONPATH": str(target)})
         assert done.returncode == 0, done.stderr
     assert read(tmp_path / "out" / "knockout" / "knockout.csv")
+
+
+# ---------------------------------------------------------------------------------------------------- one folder
+
+def test_two_instruments_in_one_folder_keep_a_record_each_and_both_can_be_resumed(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--dtype", "float32", "--out", tmp_path / "out")
+    mine = {knockout.main: ("--edge", "image->last", "--window", 2), lens.main: ("--modules",)}
+    for main, flags in (*mine.items(), (lens.main, ()), *mine.items()):
+        code, _, err = call(main, *argv, *flags)
+        assert code == 0, err
+    assert "3/3" in err and err.count("model ") == 0                # the last two had nothing left to ask
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["csv"] == "jaccard.csv" and set(record["others"]) == {"knockout.csv", "lens.csv"}
+    assert record["others"]["knockout.csv"]["settings"]["window"] == 2
+    assert call(knockout.main, *argv, "--edge", "image->last", "--window", 3)[0] == 2
+
+
+def test_a_carriage_return_in_a_question_is_kept(call, photo, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), "--image", photo, "--edge", "image->last", "--out", tmp_path / "out")
+    for _ in range(2):
+        code, _, err = call(knockout.main, *argv, "--question", "Is the cup\rred\r\nor blue?")
+        assert code == 0, err
+    rows = read(tmp_path / "out" / "knockout.csv")
+    assert {r["question"] for r in rows} == {"Is the cup\rred\r\nor blue?"}
+
+
+def test_a_dollar_sign_in_a_task_does_not_spoil_the_picture(call, data, checkpoint, tmp_path):
+    file = tmp_path / r"x_$5 or $\frac$.csv"
+    shutil.copy(data[1], file)
+    code, _, err = call(knockout.main, "--model", checkpoint("llava-1.5"), "--data", file, *data[2:], "--all", "--edge",
+                        "image->last", "--out", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out" / "knockout.png").exists(), err
+
+
+@pytest.mark.parametrize("name", ["run.json", "knockout.csv", "knockout.progress"])
+def test_a_pipe_among_a_runs_files_is_refused(call, data, checkpoint, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / name)
+    refused(call(knockout.main, "--model", checkpoint("llava-1.5"), *data, "--all", "--out", tmp_path / "out"), name,
+            "is not a file")
+
+
+def test_after_an_error_the_same_process_can_go_on_in_the_same_folder(data, checkpoint, tmp_path):
+    """As in a notebook, which keeps the error, and with it everything that its frames hold."""
+    settings = knockout.parse(Parser(""), [*map(str, ("--model", checkpoint("llava-1.5"), *data, "--all", "--edge",
+                                                      "image->last", "--out", tmp_path / "out"))])
+    photo = (tmp_path / "b.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(photo[:200])
+    with pytest.raises(ValueError, match=r"b\.jpg cannot be read") as kept:
+        knockout.run(settings)
+    (tmp_path / "b.jpg").write_bytes(photo)
+    knockout.run(settings)
+    assert {r["question_id"] for r in read(tmp_path / "out" / "knockout.csv")} == {"01", "02", "03"} and kept
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([(0, "nan", 1), (1, 0, 1)], "is not a number"), ([(0, 0, 1), (1, 0, 3)], "several sizes"),
+    ([(0, "inf", 1)], "is not a number"), ([(0, 0, 0)], "is not a number"), ([(-7, -50, 1)], "is not a number"),
+    ([(3, 0, 1)], "a point for every layer")])
+def test_curves_that_suggest_nothing_sound_are_refused(tmp_path, rows, words):
+    file = tmp_path / "knockout.csv"
+    file.write_text("edge,task,layer,change_percent,window\n" + "".join(
+        f"image->last,t,{layer},{change},{width}\n" for layer, change, width in rows))
+    with pytest.raises(ValueError, match=words):
+        prune.suggest(file, 4, 1.0, plots.rows)
+
+
+@pytest.mark.parametrize("column, value", [("layer", "inf"), ("layer", "1" * 5000), ("layer", "nan"), ("layer", "0.5"),
+                                           ("change_percent", "nan"), ("change_percent", "1e308")])
+def test_a_cell_that_cannot_be_drawn_is_named(call, tmp_path, column, value):
+    row = {"question_id": 1, "task": "t", "edge": "a->b", "window": 3, "layer": 0, "change_percent": -5}
+    row[column] = value
+    (tmp_path / "k.csv").write_text(f"{','.join(row)}\n{','.join(map(str, row.values()))}\n")
+    refused(call(plots.main, tmp_path / "k.csv"), "k.csv", column, "is not a number that can be drawn")
+
+
+@pytest.mark.parametrize("column, value", [("seconds", 0), ("prefill_flops", 0), ("correct", 7), ("seconds", "nan")])
+def test_a_prune_csv_that_cannot_be_is_refused(call, tmp_path, column, value):
+    row = {"question_id": 1, "task": "t", "removed_layers": 0, "correct": 1, "seconds": 1, "prefill_flops": 1,
+           "image_tokens": 1} | {column: value}
+    (tmp_path / "p.csv").write_text(f"{','.join(row)}\n{','.join(map(str, row.values()))}\n")
+    refused(call(plots.main, tmp_path / "p.csv"), "p.csv")
+
+
+def test_a_link_outside_the_hubs_cache_is_not_believed_by_its_name(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("vicuna"), tmp_path / "m")
+    weights, blob = tmp_path / "m" / "model.safetensors", tmp_path / ("a" * 64)
+    shutil.move(weights, blob)
+    weights.symlink_to(blob)
+    before = hub.weights_hash(llava_min.find_files(tmp_path / "m"))
+    blob.write_bytes(blob.read_bytes() + b" ")
+    assert hub.weights_hash(llava_min.find_files(tmp_path / "m")) != before
+
+
+@pytest.mark.parametrize("env", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "", "WORLD_SIZE": ""},
+                                 {"RANK": "0", "WORLD_SIZE": "0"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_an_odd_rank_in_the_environment_is_named(call, monkeypatch, env):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    refused(call(knockout.main, "--limit", 1), "RANK and WORLD_SIZE in the environment")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream, code", [("1> /dev/full", 2), ("2> /dev/full", 0), ("2>&-", 0)])
+def test_files_are_there_whatever_becomes_of_the_output(data, checkpoint, tmp_path, stream, code):
+    argv = ["knockout.py", "--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->last", "--out",
+            tmp_path / "out"]
+    done = subprocess.run(["sh", "-c", f'"$@" {stream}', "sh", sys.executable, *map(str, argv)], cwd=ROOT,
+                          capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "out" / "knockout.png").exists() and len(read(tmp_path / "out" / "knockout.csv")) == 12

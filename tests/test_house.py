@@ -22,7 +22,8 @@ OURS = {Path(name).stem for name in FILES if "/" not in name} | {"harness", "tin
 ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py": set(), "fork.py": set(),
          "llava_min.py": {"vicuna", "llama3", "clip_vit", "views"}, "groups.py": {"views"}, "knockout.py": {"fork"},
          "lens.py": {"fork", "knockout"}, "prune.py": {"fork", "knockout"}, "eval_gqa.py": {"llava_min"},
-         "harness/runs.py": set(), "harness/plots.py": set(), "harness/hub.py": {"llava_min", "vicuna"},
+         "harness/runs.py": set(), "harness/plots.py": set(), "harness/errors.py": set(),
+         "harness/hub.py": {"llava_min", "vicuna", "harness.errors"},
          "harness/questions.py": {"llava_min", "groups", "views"},
          "harness/experiment.py": {"llava_min", "groups", "fork", "views", "harness.hub", "harness.questions",
                                    "harness.runs"}}
