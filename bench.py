@@ -11,6 +11,8 @@ Run     python bench.py forward                  one clean forward pass at 7B wi
         python bench.py sweep --model llava-1.5-7b --layers 8          knockout of figures 3-5, all layers of six edges:
                                                  in one pass, the plain way, and the paper's way in transformers
 
+        python bench.py offload --layers 8       knockout.py with the layers on disk, against the model in memory
+
 Weights are random, except for `noise`. Widths are the published models'; only the number of layers is cut, to fit a
 small machine. The sides take turns, and the median of the ratios of neighbouring turns counts, so that clock drift
 affects all sides alike.
@@ -18,13 +20,13 @@ affects all sides alike.
 import csv
 import ctypes
 import json
+import os
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -39,27 +41,13 @@ import clip_vit
 import fork
 import knockout
 import lens
-import llama3
 import prune
 import vicuna
 from harness import hub, questions
 from harness.errors import one_line_errors
-from harness.experiment import Parser
+from harness.flags import Parser
 from harness.runs import machine, versions
-
-WIDE = {"width": 5120, "hidden": 13824, "heads": 40, "kv_heads": 40, "layers": 40}
-SHAPES = {"llava-1.5-7b": (vicuna, {}, 1), "llava-1.5-13b": (vicuna, WIDE, 1),  # decoder, its sizes, views of a photo
-          "llava-v1.6-vicuna-7b": (vicuna, {}, 5), "llava-v1.6-vicuna-13b": (vicuna, WIDE, 5),
-          "llama3-llava-next-8b": (llama3, {}, 5)}
-
-
-def build(name, layers, dtype, device):
-    """A decoder of a published model's widths, random weights. layers: None is all that the published model has."""
-    module, sizes, _ = SHAPES[name]
-    c = module.Config(**sizes)
-    with torch.device("meta"):
-        decoder = module.Decoder(replace(c, layers=layers or c.layers)).to(dtype)
-    return fill(decoder.to_empty(device=device)).eval().requires_grad_(False)
+from harness.shapes import SHAPES, Question, build, fill, write_checkpoint
 
 
 def theirs_on_meta(c):
@@ -83,16 +71,6 @@ def hf_config(c):
     return LlamaConfig(vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
                        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps,
                        max_position_embeddings=c.positions, rope_theta=c.rope_base)
-
-
-def fill(model, seed=0):
-    """Random weights of a size that keeps activations near 1, in place."""
-    draw = torch.Generator(device="cpu").manual_seed(seed)
-    for parameter in model.parameters():
-        scale = 1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-        block = torch.randn(2 ** 20, generator=draw).to(parameter.dtype) * scale    # repeated: drawing 7B takes minutes
-        parameter.data.copy_(block.repeat(-(-parameter.numel() // len(block)))[:parameter.numel()].view_as(parameter))
-    return model
 
 
 def interleave(sides, repeats, device, peaks=None):
@@ -190,27 +168,6 @@ def load(args):
     for name, rows in measured.items():
         seconds, peak = (statistics.median(column) for column in list(zip(*rows, strict=True))[:2])
         print(f"  {name}: {seconds:.2f} s, peak memory {peak / 1e6:.0f} MB = the model {(peak - size) / 1e6:+.0f} MB")
-
-
-class Question:
-    """Random embeddings in the shape of a published model's prompt: 37 tokens of the system, the image, and from the
-    question on `after` more, 12 of them its own. 29 is the median of the paper's questions, 24 the fewest and 36 the
-    most (72 of them, with the published tokenizers). T: tokens."""
-
-    def __init__(self, name, decoder, after=29):
-        start, images = 37, 576 if SHAPES[name][2] == 1 else 2200
-        end = start + images
-        self.T = end + after
-        image, question, last = list(range(start, end)), list(range(end, end + 12)), [self.T - 1]
-        groups = {"image": image, "question": question, "last": last, "related_patches": image[100:160],
-                  "other_patches": image[:100] + image[160:]}
-        self.cuts = [[groups[g] for g in edge.split("->")] for edge in knockout.EDGES]
-        self.x = torch.randn(1, self.T, decoder.config.width, generator=torch.Generator().manual_seed(1)).to(
-            decoder.lm_head.weight)
-        self.positions = torch.arange(self.T, device=self.x.device)
-
-    def clean(self, decoder):
-        return fork.clean_pass(decoder, self.x, self.positions)
 
 
 def encoders(name, width, dtype, device, with_theirs):
@@ -400,6 +357,39 @@ def noise(args):
     table(rows, args.out / f"noise_{args.device}.csv")
 
 
+def offload(args):
+    """knockout.py on a random checkpoint in bfloat16, computing in float32: layers on disk, several questions together,
+    against the model in memory where that fits. Seconds include loading; peak memory is the process's."""
+    n, rows, found, texts = args.together, [["layers", "seconds a question", "peak memory, GB"]], {}, set()
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(folder, args.model, args.layers)
+        files = hub.resolve(folder).files
+        sides = {f"on disk, {n} together": ("disk", "--together", n)}
+        if hub.pick_offload("auto", files, torch.float32, "cpu") == "off":
+            sides |= {"on disk, one by one": ("disk", "--together", 1), "in memory": ("off",)}
+        gigabytes = sum(os.path.getsize(file) for file in files.weights) / 1e9
+        for turn in range(args.repeats):
+            for name, how in sides.items():
+                out = Path(folder, f"{len(how)}-{how[-1]}-{turn}")
+                command = [sys.executable, Path(__file__).with_name("knockout.py"), "--model", folder, "--all",
+                           "--limit", n, "--tasks", "ChooseAttr", "--window", 9, "--offload", *how, "--out", out]
+                start = time.perf_counter()
+                child = os.spawnv(os.P_NOWAIT, sys.executable, list(map(str, command)))
+                _, status, usage = os.wait4(child, 0)
+                if status:
+                    raise ValueError(f"{name}: knockout.py ended with {os.waitstatus_to_exitcode(status)}")
+                found.setdefault(name, []).append(((time.perf_counter() - start) / n, usage.ru_maxrss / 2 ** 20))
+                print(f"{name}: {found[name][-1]}", flush=True)
+                texts.add((out / "knockout.csv").read_bytes())
+    if len(texts) > 1:
+        raise ValueError("the sides' CSVs differ")
+    rows += [[name, *(f"{statistics.median(v):.2f}" for v in zip(*values, strict=True))]
+             for name, values in found.items()]
+    print(f"{args.model}, {args.layers or 'all'} layers, {gigabytes:.1f} GB in bfloat16, used in float32, six edges, "
+          f"{n} questions; every CSV is the same, to the byte")
+    table(rows, args.out / f"offload_{args.model}_{args.layers or 'all'}.csv")
+
+
 def table(rows, file):
     """Print rows, the first of them the head, and write them as CSV."""
     for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
@@ -443,7 +433,7 @@ def main(argv=None):
 
 def parse(parser, argv=None):
     """The command line -> args."""
-    parser.add_argument("what", choices=("forward", "load", "tree", "prune", "noise", "sweep"))
+    parser.add_argument("what", choices=("forward", "load", "tree", "prune", "noise", "sweep", "offload"))
     parser.add_argument("--model", choices=SHAPES, default="llava-1.5-7b", help="whose widths (llava-1.5-7b)")
     parser.add_argument("--random", action="store_true", help="changes nothing: weights are always random, but noise's")
     parser.add_argument("--layers", type=parser.count, metavar="L", help="decoder layers (3; sweep: all)")
@@ -454,6 +444,7 @@ def parse(parser, argv=None):
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="sweep: its CSV (out/bench)")
     parser.add_argument("--tokens", type=parser.count, nargs="+", default=[620, 2200], metavar="T",
                         help="sequence lengths (620, as LLaVA-1.5; 2200, as AnyRes)")
+    parser.add_argument("--together", type=parser.count, default=8, metavar="N", help="offload: questions (8)")
     parser.add_argument("--repeats", type=parser.count, default=7, metavar="N", help="turns (7)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
@@ -471,7 +462,8 @@ def run(args):
         raise ValueError("the baseline is missing: pip install transformers")
     print(f"torch {versions()['torch']}, transformers {theirs}, {box['cores']} cores, {box['threads']} threads, "
           f"{box['gpus'] or 'no GPU'}")
-    {"forward": forward, "load": load, "tree": tree, "prune": drop, "noise": noise, "sweep": sweep}[args.what](args)
+    {"forward": forward, "load": load, "tree": tree, "prune": drop, "noise": noise, "sweep": sweep,
+     "offload": offload}[args.what](args)
 
 
 if __name__ == "__main__":

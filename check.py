@@ -28,7 +28,7 @@ import torch
 
 import knockout
 from fork import causal, probability, to_mask, unembed
-from harness import errors, experiment
+from harness import errors, experiment, flags
 from knockout import edge_mask, forward, percent, sweep, window
 
 
@@ -102,7 +102,7 @@ def carried(layer, x, cos, sin, mask, source, heads=None):
 
 def main(argv=None):
     with errors.one_line_errors():
-        sys.exit(run(knockout.parse(experiment.Parser(__doc__), argv)))
+        sys.exit(run(knockout.parse(flags.Parser(__doc__), argv)))
 
 
 def run(s):

@@ -41,7 +41,7 @@ def answers(model, prompts, max_new_tokens=16):
     same = 0                                                        # leading ids that all share; each keeps one more
     while all(same < len(p.ids) - 1 and p.ids[same] == prompts[0].ids[same] for p in prompts):
         same += 1
-    x, past = model.embed(prompts[0]), [[] for _ in model.decoder.layers]
+    x, past = model.embed(prompts[0]), [[] for _ in range(len(model.decoder.layers))]
     P = x.shape[1] - len(prompts[0].ids) + same                     # in tokens: the image is one id, but many tokens
     model.decoder(x[:, :P], prompts[0].positions[:P], None, past)   # fills `past` with keys and values
     B = max(1, COPIED // P)
@@ -154,7 +154,7 @@ COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "
 @dataclass(frozen=True)
 class Settings:
     """What the flags of a run say; --help explains each."""
-    shared: object                                 # harness.experiment.Shared: model, questions, folder, seed
+    shared: object                                 # harness.flags.Shared: model, questions, folder, seed
     scene_graphs: Path | None = None
     regions: Path | None = None
     collect: str | None = None
@@ -165,9 +165,9 @@ class Settings:
 
 
 def main(argv=None):
-    from harness import errors, experiment, questions
+    from harness import errors, flags, questions
     with errors.one_line_errors():
-        run(parse(experiment.Parser(__doc__), questions, argv))
+        run(parse(flags.Parser(__doc__), questions, argv))
 
 
 def run(s, load=None):

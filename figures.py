@@ -32,8 +32,8 @@ import eval_gqa
 import knockout
 import lens
 import prune
-from harness import errors, experiment, hub, plots
-from harness.experiment import Shared
+from harness import errors, experiment, flags, hub, plots
+from harness.flags import Shared
 from harness.questions import BUNDLED, SIX, NoRows, NoTask, beside
 from harness.runs import csv_text, naming, replace_text
 from knockout import token_layers, window
@@ -110,12 +110,12 @@ def pictures(numbers):
 # ---------------------------------------------------------------------------------------------------- passes
 
 def knockout_pass(shared, edges, load, window=None, **how):
-    k = window or experiment.Parser.window(shared.model.name)
+    k = window or flags.Parser.window(shared.model.name)
     knockout.run(knockout.Settings(shared, tuple(tuple(edge.split("->")) for edge in edges), k, **how), load)
 
 
 def lens_pass(shared, edges, load, window=None, **how):
-    k = window or experiment.Parser.window(shared.model.name)
+    k = window or flags.Parser.window(shared.model.name)
     lens.run(lens.Settings(shared, edges=tuple(tuple(edge.split("->")) for edge in edges), window=k, **how), load)
 
 
@@ -231,7 +231,7 @@ class Settings:
 
 def main(argv=None):
     with errors.one_line_errors():
-        run(parse(experiment.Parser(__doc__), argv))
+        run(parse(flags.Parser(__doc__), argv))
 
 
 def run(s):

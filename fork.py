@@ -75,15 +75,23 @@ class Clean:
 
 
 @torch.inference_mode()
-def clean_pass(decoder, x, positions):
-    """Embeddings x (1, T, C) at `positions` (T,), for rope, -> Clean. FloatingPointError: a layer overflows, which."""
+def clean_pass(decoder, x, positions, keep=list):
+    """Embeddings x (1, T, C) at `positions` (T,), for rope, -> Clean. FloatingPointError: a layer overflows, which.
+
+    keep: what makes the lists of streams and caches, such as offload.Shelf, whose items lie on disk.
+    """
     cos, sin = decoder.rope(positions)
-    stream, caches = [x], [[] for _ in decoder.layers]
+    stream, caches, good = keep(), keep(), []
     # An explicit mask: with it, SDPA picks the same kernel as in the runs with a cut.
     mask = to_mask(causal(x.shape[1], device=x.device))
-    for layer, cache in zip(decoder.layers, caches, strict=True):
-        stream.append(layer(stream[-1], cos, sin, mask, cache))
-    good = torch.stack([h.isfinite().all() for h in stream]).tolist()           # the device is waited for once
+    for layer in decoder.layers:
+        stream.append(x)
+        good.append(x.isfinite().all())
+        cache = []
+        x = layer(x, cos, sin, mask, cache)
+        caches.append(cache)
+    stream.append(x)
+    good = torch.stack([*good, x.isfinite().all()]).tolist()        # the device is waited for once
     if not all(good):
         layer = good.index(False) - 1
         raise not_finite("embeddings" if layer < 0 else f"residual stream after layer {layer}", x.dtype)

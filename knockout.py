@@ -178,7 +178,7 @@ EDGES = ("question->last", "image->last", "last->last", "image->question", "rela
 @dataclass(frozen=True)
 class Settings:
     """What the flags of a run say; --help explains each."""
-    shared: object                                 # harness.experiment.Shared: model, questions, folder, seed
+    shared: object                                 # harness.flags.Shared: model, questions, folder, seed
     edges: tuple                                   # (source, target), names of token groups
     window: int = 9
     heads: tuple | None = None
@@ -190,9 +190,9 @@ class Settings:
 
 
 def main(argv=None):
-    from harness import errors, experiment
+    from harness import errors, flags
     with errors.one_line_errors():
-        run(parse(experiment.Parser(__doc__), argv))
+        run(parse(flags.Parser(__doc__), argv))
 
 
 def run(s, load=None):
@@ -203,12 +203,9 @@ def run(s, load=None):
         return show_groups(study, s, plots.groups)
     study.open("knockout.csv", COLUMNS, edges=["->".join(edge) for edge in s.edges], window=s.window,
                paper_spans=s.paper_spans, heads=s.heads, subword=s.subword, plain=s.plain, max_norm=s.max_norm)
-    for question in study.todo():                                   # those without rows on disk: a run can be resumed
+    for question, result in study.measured(measure, s):             # those without rows: a run can be resumed
         with study.skipping_bad(question):
-            asked = study.ask(question, s.paper_spans, s.subword, s.max_norm)
-            # As in the paper, only questions that the model answers right are measured, unless --all is given.
-            rows, lacking = measure(study.model.decoder, asked, s) if asked.counts else ((), {})
-            study.write(asked, rows, lacking)                       # synced: a crash loses one question at most
+            study.write(*result())                                  # synced: a crash loses one question at most
     study.finish()
     picture = study.csv.with_suffix(".png")
     drawn = plots.knockout(study.csv, picture)
@@ -219,8 +216,11 @@ def run(s, load=None):
     print(f"wrote {study.csv}, {picture} and {study.info}")
 
 
-def measure(decoder, asked, s):
-    """A question that was asked -> (rows of knockout.csv, {edge that it does not have: why})."""
+def measure(study, question, s):
+    """Ask a question, and cut its edges -> (Asked, rows of knockout.csv, {edge that it does not have: why})."""
+    asked, decoder = study.ask(question, s.paper_spans, s.subword, s.max_norm), study.model.decoder
+    if not asked.counts:                                            # as in the paper: only right answers, or --all
+        return asked, (), {}
     cuts, lacking = asked.edges(s.edges)                            # {"image->question": (positions, positions)}
     for edge, places in cuts.items():
         refuse_blind(*places, f"{asked.where} {edge}")
@@ -228,8 +228,9 @@ def measure(decoder, asked, s):
     # Two ways to the same curves: --plain is short enough to teach from, and what the fast one is tested against.
     curves = [curve(decoder, asked.x, asked.positions, *places, *how) for places in cuts.values()] if s.plain else (
         sweep(decoder, asked.clean, list(cuts.values()), *how))
-    return [[*asked.first_columns, asked.token_text, edge, s.window, layer, asked.p, p, percent(asked.p, p)]
-            for edge, points in zip(cuts, curves, strict=True) for layer, p in enumerate(points)], lacking
+    rows = [[*asked.first_columns, asked.token_text, edge, s.window, layer, asked.p, p, percent(asked.p, p)]
+            for edge, points in zip(cuts, curves, strict=True) for layer, p in enumerate(points)]
+    return asked, rows, lacking
 
 
 def refuse_blind(source, target, name):
@@ -275,7 +276,7 @@ def show_groups(study, s, draw):
     groups = question.groups(prompt, s.paper_spans)
     picture = study.out / "groups.png"
     if prompt.size:
-        draw(question.open(), groups, study.model.patch_boxes(prompt), question.boxes, picture)
+        draw(question.open(), groups, study.patch_boxes(prompt), question.boxes, picture)
     print(groups.table(dict.fromkeys(name for edge in s.edges for name in edge if name not in groups.named)))
     if prompt.size:
         print(f"wrote {picture}")

@@ -161,7 +161,7 @@ COLUMNS = {"lens.csv": (*FIRST, "layer", "kind", "word", "token", "probability",
 @dataclass(frozen=True)
 class Settings:
     """What the flags of a run say; --help explains each."""
-    shared: object                                 # harness.experiment.Shared: model, questions, folder, seed
+    shared: object                                 # harness.flags.Shared: model, questions, folder, seed
     norm: str = "raw"
     top: int | None = None
     at: str = "last"
@@ -174,9 +174,9 @@ class Settings:
 
 
 def main(argv=None):
-    from harness import errors, experiment
+    from harness import errors, flags
     with errors.one_line_errors():
-        run(parse(experiment.Parser(__doc__), argv))
+        run(parse(flags.Parser(__doc__), argv))
 
 
 def run(s, load=None):
@@ -191,12 +191,9 @@ def run(s, load=None):
                    window=s.window, plain=s.plain, paper_spans=s.paper_spans)
     else:
         study.open("lens.csv", COLUMNS["lens.csv"], norm=s.norm, paper_spans=s.paper_spans)
-    for question in study.todo():                                   # those without rows on disk: a run can be resumed
+    for question, result in study.measured(measure, s):             # those without rows: a run can be resumed
         with study.skipping_bad(question):
-            asked, rows, lacking = study.ask(question, s.paper_spans), (), {}
-            if asked.counts:                                        # answered right, as in the paper, or --all
-                rows, lacking = (measure_jaccard if jaccards else measure_lens)(study.model, asked, s)
-            study.write(asked, rows, lacking)                       # synced: a crash loses one question at most
+            study.write(*result())                                  # synced: a crash loses one question at most
     study.finish()
     picture = study.csv.with_suffix(".png")
     drawn = (plots.jaccard if jaccards else plots.lens)(study.csv, picture)
@@ -209,6 +206,14 @@ def run(s, load=None):
             high, layer = max(zip(mean, layers, strict=True))
             print(f"{task}, {name}: highest mean probability {high:.1f} %, after layer {layer} (n = {n})")
     print(f"wrote {study.csv}, {picture} and {study.info}")
+
+
+def measure(study, question, s):
+    """Ask a question, and read or change it -> (Asked, rows, {edge that it does not have: why})."""
+    asked = study.ask(question, s.paper_spans)
+    if not asked.counts:                                            # as in the paper: only right answers, or --all
+        return asked, (), {}
+    return asked, *(measure_jaccard if s.modules or s.edges else measure_lens)(study.model, asked, s)
 
 
 def measure_lens(model, asked, s):
@@ -315,7 +320,7 @@ def show_top(study, s, plots, runs):
     if patches:                                                     # hundreds of places: one layer's words fit
         layer = L if s.layer is None else s.layer
         plots.patch_words(asked.question.open(), f"{title}\n{s.norm} lens after layer {layer} of {L}",
-                          model.patch_boxes(p)[[i - p.image.start for i in places]], [row[0] for row in words[layer]],
+                          study.patch_boxes(p)[[i - p.image.start for i in places]], [row[0] for row in words[layer]],
                           values[layer, :, 0].tolist(), picture)
         print(heading)
         print_common(words)

@@ -32,7 +32,7 @@ from torch import nn
 import clip_vit
 import llama3
 import vicuna
-from views import Geometry, open_image, patch_boxes, patch_slots, slot_rows, to_rgb, views
+from views import Geometry, open_image, patch_slots, slot_rows, to_rgb, views
 
 IMAGE = -200                                       # the id that marks the photo's place among the token ids
 INSTRUCTION = " \nAnswer the question using a single word or phrase."  # the paper's, with its space before the newline
@@ -174,7 +174,7 @@ class LLaVA(nn.Module):
         if c.aspect == "anyres":
             self.image_newline = nn.Parameter(torch.zeros(c.text.width))
         # Set by `load`; stop: the ids that end an answer; special: texts that are read as control tokens.
-        self.tokenizer, self.stop, self.special = None, set(), ("<image>",)
+        self.tokenizer, self.stop, self.special, self.keep = None, set(), ("<image>",), list    # keep: see offload.py
 
     @property
     def device(self):
@@ -219,10 +219,6 @@ class LLaVA(nn.Module):
         parts |= {"captions": (len(before), start - 1)} if captions and image is None else {}
         return Prompt(text, question, parts, ids, tokens, spans, torch.arange(len(tokens), device=self.device), **photo)
 
-    def patch_boxes(self, p):
-        """Where each image token of a Prompt lies on the photo, see views.patch_boxes: (n, 4) in px."""
-        return patch_boxes(p.size, p.geometry)
-
     def patch_features(self, p):
         """Prompt -> the tower's features of all views (N P, vision C). The reference first rounds pixels to float16."""
         return self.vision_tower.features(p.pixels.to(self.device), self.config.layer).flatten(0, 1)
@@ -251,7 +247,7 @@ class LLaVA(nn.Module):
     @torch.inference_mode()
     def prefill(self, x, positions, mask=None):
         """Embeddings x (1, T, C) -> (logits of the last position (1, V), caches for `decode`)."""
-        caches = [[] for _ in self.decoder.layers]
+        caches = [[] for _ in range(len(self.decoder.layers))]
         h = self.decoder(x, positions, mask, caches)
         return self.decoder.lm_head(self.decoder.norm(h[:, -1])), caches
 
@@ -264,7 +260,7 @@ class LLaVA(nn.Module):
         int or (B,). keep (B, S), for sequences of different lengths: True for a sequence's own keys, False for padding.
         FloatingPointError: the logits are not finite.
         """
-        d, caches = self.decoder, [list(cache) for cache in caches]  # tensors are shared, the lists are ours
+        d, caches = self.decoder, caches.copy()
         at = torch.as_tensor(start, device=self.device).expand(len(logits))
         ids, going = [[] for _ in logits], set(range(len(logits)))
         for left in range(min(max_new_tokens, self.config.text.positions - int(at.max())), 0, -1):
@@ -282,8 +278,10 @@ class LLaVA(nn.Module):
                 keep = torch.cat((keep, keep.new_ones(len(keep), 1)), 1)
             mask = None if keep is None else vicuna.to_mask(keep[:, None, None])         # (B, 1, 1, S)
             x, (cos, sin) = d.embed_tokens(best[:, None]), (t[:, None, None] for t in d.rope(at))      # (B, 1, C)
-            for layer, cache in zip(d.layers, caches, strict=True):
+            for i, layer in enumerate(d.layers):
+                cache = list(caches[i])                             # tensors are shared, the lists are ours
                 x = layer(x, cos, sin, mask, cache)
+                caches[i] = cache
             logits, at = d.lm_head(d.norm(x[:, -1])), at + 1
         return ids
 
@@ -412,11 +410,12 @@ def read_config(files, preprocess="llava"):
         raise ValueError(f"{files.config} cannot be read as a model's config ({type(e).__name__}: {e})") from e
 
 
-def load(folder, dtype=torch.float32, device="cpu", vision_tower=None, preprocess="llava"):
+def load(folder, dtype=torch.float32, device="cpu", vision_tower=None, preprocess="llava", take_layers=None):
     """A local folder (or Files) -> LLaVA with its tokenizer. ValueError: what is missing, damaged, or does not fit.
 
     vision_tower: a folder, instead of the one that config.json names. The tower of 1.5 is kept in float32 whatever the
     dtype, as in the reference (it was frozen in training, and is loaded by itself); those of 1.6 and NeXT have `dtype`.
+    take_layers(model, files) -> names of tensors that are not to be read, see offload.py.
     """
     files = folder if isinstance(folder, Files) else find_files(folder)
     if (kind := tower_kind(files)) and not files.tower:
@@ -430,10 +429,11 @@ def load(folder, dtype=torch.float32, device="cpu", vision_tower=None, preproces
         model = LLaVA(config).to(dtype)
     if config.vision and config.aspect == "pad":
         model.vision_tower.float()
+    taken = take_layers(model, files) if take_layers else ()
     model = model.to_empty(device=device).eval().requires_grad_(False)          # load_into fills every parameter
-    vocab, file = config.text.vocab, config.decoder_file
-    inside = ((n, t[:vocab] if n.endswith(("embed_tokens.weight", "lm_head.weight")) else t)
-              for n, t in vicuna.read(files.weights))               # without the rows that pad the vocabulary
+    vocab, file = config.text.vocab, config.decoder_file            # without the rows that pad the vocabulary
+    ours = ((n, vicuna.stored(f, n)) for f in files.weights for n in vicuna.stored(f) if n not in taken)
+    inside = ((n, t[:vocab] if n.endswith(("embed_tokens.weight", "lm_head.weight")) else t) for n, t in ours)
     beside = ((f"vision_tower.{clip_vit.rename(n)}", t)
               for n, t in clip_vit.split_qkv(vicuna.read(files.tower.weights if files.tower else ()))
               if not re.search(clip_vit.SKIP, n))

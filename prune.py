@@ -48,24 +48,24 @@ def prefill(decoder, x, positions, image, first, stay=()):
     -> the residual stream after the last layer (1, tokens left, C); each layer's [keys, values], (1, K, its tokens, D);
     the tokens of `image` that stayed. ValueError: stay is a number, but there is no layer below.
     """
-    T, caches, below = x.shape[1], [[] for _ in decoder.layers], None
+    T, L, caches = x.shape[1], len(decoder.layers), [[] for _ in range(len(decoder.layers))]
+    if isinstance(stay, int) and first == 0:
+        raise ValueError("there is no attention below the first layer to choose by")
     cos, sin = decoder.rope(positions)
     for i, layer in enumerate(decoder.layers):
         if i == first:
-            if isinstance(stay, int):
-                stay = most_attended(decoder.layers[i - 1], below, cos[-1:], sin[-1:], caches[i - 1], image, stay)
             gone = set(image).difference(stay)
             left = torch.tensor([t for t in range(T) if t not in gone], device=x.device)
             x, cos, sin = x[:, left], cos[left], sin[left]          # each token keeps its own rotation
-        below = x[:, -1:]                                           # the last token, as it enters this layer
+        last = x[:, -1:]                                            # the last token, as it enters this layer
         x = layer(x, cos, sin, None, caches[i])                     # the order is kept, so plain causal will do
-    return x, caches, sorted(set(image).intersection(stay)) if first < len(decoder.layers) else list(image)
+        if isinstance(stay, int) and i + 1 == first < L:
+            stay = most_attended(layer, last, cos[-1:], sin[-1:], caches[i], image, stay)
+    return x, caches, sorted(set(image).intersection(stay)) if first < L else list(image)
 
 
 def most_attended(layer, last, cos, sin, cache, image, n):
     """The n tokens of `image` that the last token, entering `layer` as (1, 1, C), attends to most; mean over heads."""
-    if not cache:
-        raise ValueError("there is no attention below the first layer to choose by")
     q = layer.qkv(last, cos, sin)[0]                                # (1, H, 1, D); the keys are in the cache
     paid = layer.weights(q, cache[0], None).float().mean(1)[0, 0]   # (T,)
     return [image[i] for i in paid[image].topk(min(n, len(image))).indices.tolist()]
@@ -101,7 +101,7 @@ COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "
 @dataclass(frozen=True)
 class Settings:
     """What the flags of a run say; --help explains each."""
-    shared: object                                 # harness.experiment.Shared: model, questions, folder, seed
+    shared: object                                 # harness.flags.Shared: model, questions, folder, seed
     last: tuple = ()                               # the X; () leaves the choice to the model's number of layers
     keep: str = "none"
     suggest: str | None = None
@@ -110,9 +110,9 @@ class Settings:
 
 
 def main(argv=None):
-    from harness import errors, experiment
+    from harness import errors, flags
     with errors.one_line_errors():
-        run(parse(experiment.Parser(__doc__), argv))
+        run(parse(flags.Parser(__doc__), argv))
 
 
 def run(s, load=None):

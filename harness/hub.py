@@ -22,6 +22,8 @@ import torch
 import llava_min
 from harness.errors import one_line_errors
 from llava_min import Files, find_files, pick, read_json, tower_kind
+from offload import Layers, Tensors
+from offload import load as load_layers
 from vicuna import fail
 
 MODELS = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
@@ -131,11 +133,16 @@ def fetch(name, repo, kind, revision):
 
 # ---------------------------------------------------------------------------------------------------- loading
 
-def load(name, *, dtype="auto", device="auto", revision=None, vision_tower=None, preprocess="llava"):
-    """A registered name, a hub id or a folder (or a Checkpoint) -> llava_min.LLaVA. dtype, device: as the flags."""
+def load(name, *, dtype="auto", device="auto", revision=None, vision_tower=None, preprocess="llava", offload="off"):
+    """A registered name, a hub id or a folder (or a Checkpoint) -> llava_min.LLaVA. dtype, device, offload: as the
+    flags."""
     checkpoint = name if isinstance(name, Checkpoint) else resolve(name, revision, vision_tower)
-    device = pick_device(device)
-    return llava_min.load(checkpoint.files, pick_dtype(dtype, device, checkpoint.files), device, preprocess=preprocess)
+    device, files = pick_device(device), checkpoint.files
+    dtype = pick_dtype(dtype, device, files)
+    where = pick_offload(offload, files, dtype, device)
+    if where == "off":
+        return llava_min.load(files, dtype, device, preprocess=preprocess)
+    return load_layers(files, dtype, device, memory=where == "cpu", preprocess=preprocess)
 
 
 def pick_device(name):
@@ -152,11 +159,55 @@ def pick_device(name):
 
 
 def pick_dtype(name, device, files):
-    """--dtype -> torch dtype. auto: float32 if config.json says so, else bfloat16 on CPU and float16 on GPU."""
+    """--dtype -> torch dtype. auto: float32 on a CPU, or if config.json says so; else float16, as in the paper."""
     raw = read_json(files.config)
-    if name == "auto" and "float32" in (raw.get("torch_dtype"), raw.get("dtype")):
+    if name == "auto" and (device == "cpu" or "float32" in (raw.get("torch_dtype"), raw.get("dtype"))):
         return torch.float32
-    return getattr(torch, {"cpu": "bfloat16"}.get(device, "float16") if name == "auto" else name)
+    return torch.float16 if name == "auto" else getattr(torch, name)
+
+
+ROOM = 1.5e9                                       # bytes for a question's own tensors, and for torch
+
+
+def pick_offload(name, files, dtype, device):
+    """--offload -> "off", "cpu" or "disk". auto: the first one for which the memory suffices. ValueError: an Apple GPU
+    has no memory of its own."""
+    if device == "mps":
+        if name in ("cpu", "disk"):
+            raise ValueError(f"--offload {name}: with --device mps weights are in host memory anyway; use --device cpu")
+        return "off"
+    if name != "auto":
+        return name
+    everything = [*files.weights, *(files.tower.weights if files.tower else ())]
+    sizes = Tensors(everything)
+    if sizes.bytes(dtype.itemsize) + ROOM < free_memory(device):
+        return "off"
+    return "cpu" if sizes.bytes() + 2 * ROOM < free_memory("cpu") and device != "cpu" else "disk"
+
+
+def free_memory(device):
+    """Bytes that a program can still take."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):                                # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def together(model):
+    """How many questions go through the layers together: one if these are in memory, else half of what is free, up to
+    16."""
+    d, c = model.decoder, model.config
+    if not isinstance(d.layers, Layers):
+        return 1
+    tokens = 2400 if c.aspect == "anyres" else 700
+    kept = 3 * c.text.layers if model.keep is list else 1           # streams and caches, unless they are on a Shelf
+    branches = 6 * 30 * c.text.layers                               # tokens of six edges at every layer
+    one = d.norm.weight.itemsize * c.text.width * (tokens * (3 + kept) + branches)
+    free = free_memory(model.device.type) - 2 * sum(p.nbytes for p in d.layers.blocks[0].parameters())
+    return int(max(1, min(16, 0.5 * free // one)))
 
 
 def describe(model, checkpoint):
@@ -169,8 +220,10 @@ def describe(model, checkpoint):
         elsewhere = checkpoint.tower and checkpoint.tower.files.weights
         tower = (f", vision tower {checkpoint.tower.origin if elsewhere else 'in the checkpoint'} in "
                  f"{dtype_name(next(model.vision_tower.parameters()))}")
+    layers = model.decoder.layers
+    offloaded = "" if not isinstance(layers, Layers) else f", layers {'in host memory' if layers.held else 'on disk'}"
     return (f"model {checkpoint.name} ({where}): {c.text.layers} layers, width {c.text.width}, "
-            f"{dtype_name(model.decoder.norm.weight)} on {model.device}{tower}")
+            f"{dtype_name(model.decoder.norm.weight)} on {model.device}{tower}{offloaded}")
 
 
 def dtype_name(tensor):

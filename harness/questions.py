@@ -446,7 +446,7 @@ class NoTask(NoRows):
 
 
 def read_questions(d, bad=None, vision=True):
-    """experiment.DataSettings -> list of Question. bad: see read_csv. ValueError: bad input."""
+    """flags.DataSettings -> list of Question. bad: see read_csv. ValueError: bad input."""
     if not d.data:
         return [own_question(d, vision)]
     if vision and not d.images:

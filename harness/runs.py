@@ -143,14 +143,19 @@ class Run:
 
     def todo(self, items, key):
         """Yield the items that are not finished yet, under a progress bar that counts all of them."""
+        for item, in self.batches(items, key, 1):
+            yield item
+
+    def batches(self, items, key, size):
+        """The same, in lists of at most `size` items."""
         from tqdm import tqdm
         items = list(items)
-        with tqdm(total=len(items), initial=sum(key(item) in self.done for item in items), unit="question",
-                  file=sys.stderr, dynamic_ncols=True) as bar:
-            for item in items:
-                if key(item) not in self.done:
-                    yield item
-                    bar.update()
+        left = [item for item in items if key(item) not in self.done]
+        with tqdm(total=len(items), initial=len(items) - len(left), unit="question", file=sys.stderr,
+                  dynamic_ncols=True) as bar:
+            for at in range(0, len(left), size):
+                yield left[at:at + size]
+                bar.update(len(left[at:at + size]))
 
     def write(self, key, rows, **note):
         """The rows (lists, in column order) of one finished question: on disk when this returns."""

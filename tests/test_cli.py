@@ -155,7 +155,7 @@ def test_run_json_names_model_weights_and_settings(call, data, checkpoint, tmp_p
     assert record["model"] == record["origin"] == str(folder) and record["seed"] == 0
     assert record["settings"]["edges"] == ["image->last"] and len(record["settings"]["config"]) == 4
     assert record["settings"]["weights"] == hub.weights_hash(hub.resolve(str(folder)).files)
-    assert record["settings"]["dtype"] == ("bfloat16" if record["settings"]["device"] == "cpu" else "float16")
+    assert record["settings"]["dtype"] == ("float32" if record["settings"]["device"] == "cpu" else "float16")
     assert record["calls"][0]["command"][0] == "knockout.py" and record["questions"] == 3
 
 

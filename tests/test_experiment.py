@@ -22,7 +22,8 @@ import prune
 from groups import EmptyGroup
 from harness import questions
 from harness.errors import one_line_errors
-from harness.experiment import DataSettings, ModelSettings, Parser, Shared, Study
+from harness.experiment import Study
+from harness.flags import DataSettings, ModelSettings, Parser, Shared
 
 ROOT = Path(__file__).resolve().parents[1]
 

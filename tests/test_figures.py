@@ -18,6 +18,7 @@ import knockout
 import lens
 import prune
 from harness import experiment, hub, plots, questions
+from harness.flags import DataSettings, ModelSettings, Parser, Shared
 from tiny.world import make
 from views import open_image
 
@@ -246,11 +247,11 @@ def test_the_settings_of_the_command_line_reach_every_pass(passes, tmp_path):
                    "llava-tiny-anyres", "--revision", "main", "--vision-tower", "tower", "--device", "cpu", "--dtype",
                    "float16", "--preprocess", "hf", "--max-norm", 57, "--seed", 5, "--out", tmp_path)
     assert len({shared.out for shared in found}) == len(found) == 7 + len(figures.WINDOWS) + 1
-    model = experiment.ModelSettings("llava-tiny-anyres", "main", "tower", "cpu", "float16", "hf")
-    own = experiment.DataSettings(("a.csv", "b.csv"), "photos", ("ChooseAttr",), 7, True, True, (1, 2))
+    model = ModelSettings("llava-tiny-anyres", "main", "tower", "cpu", "float16", "hf")
+    own = DataSettings(("a.csv", "b.csv"), "photos", ("ChooseAttr",), 7, True, True, (1, 2))
     for shared in found:                                            # a pass's own tasks take the place of --tasks
         mine = own if "-tasks-ChooseAttr-" in shared.out else replace(own, tasks=("ChooseAttr", "ChooseRel"))
-        assert shared == experiment.Shared(model, mine, shared.out, 5, strict=False)
+        assert shared == Shared(model, mine, shared.out, 5, strict=False)
     assert [shared.data.tasks for shared in found].count(("ChooseAttr",)) == len(figures.WINDOWS) + 1
 
 
@@ -258,7 +259,7 @@ def test_the_settings_of_an_own_question_reach_every_pass(passes, tmp_path):
     found = passes(4, 6, 12, "--image", "photo.jpg", "--question", "Is the cup on the lamp?", "--answer", "yes",
                    "--options", "yes,no", "--object", "cup", "--object", "lamp", "--box", "1,2,3,4", "--box", "5,6,7,8",
                    "--out", tmp_path)
-    assert len(found) == 3 and {shared.data for shared in found} == {experiment.DataSettings(
+    assert len(found) == 3 and {shared.data for shared in found} == {DataSettings(
         image="photo.jpg", question="Is the cup on the lamp?", answer="yes", options="yes,no", object=("cup", "lamp"),
         box=("1,2,3,4", "5,6,7,8"))}
 
@@ -275,7 +276,7 @@ def test_a_pass_has_the_settings_that_its_instrument_takes_from_flags(call, monk
     code, _, err = call(figures.main, 6, 8, 9, 12, 14, 16, 37, "--max-norm", 40, *flags)
     assert code == 0, err
     assert [replace(s, shared=replace(s.shared, out=str(tmp_path), strict=True)) for s in found] == [
-        instrument.parse(experiment.Parser(""), [*map(str, (*own, *flags))]) for instrument, own in wanted]
+        instrument.parse(Parser(""), [*map(str, (*own, *flags))]) for instrument, own in wanted]
 
 
 @pytest.mark.parametrize("flags, limits", [((), (20, None)), (("--limit", 3), (3, 3))])
@@ -283,6 +284,6 @@ def test_tables_ask_all_bundled_questions_and_figures_twenty_of_each_task_unless
                                                                                          limits):
     figure, = passes(3, "--out", tmp_path, *flags)
     table, = passes("table1", "table2", "--out", tmp_path, *flags)
-    bundled = experiment.Shared().data
+    bundled = Shared().data
     assert figure.data == replace(bundled, limit=limits[0])
     assert table.data == replace(bundled, limit=limits[1], all=True)

@@ -27,7 +27,7 @@ import prune
 import vicuna
 from fork import clean_pass
 from harness import hub, plots
-from harness.experiment import Parser
+from harness.flags import Parser
 from harness.questions import Question, picture, read_any, read_csv
 from knockout import curve, sweep
 from views import Geometry, open_image, views

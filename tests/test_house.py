@@ -23,10 +23,11 @@ ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py
          "llava_min.py": {"vicuna", "llama3", "clip_vit", "views"}, "groups.py": {"views"}, "knockout.py": {"fork"},
          "lens.py": {"fork", "knockout"}, "prune.py": {"fork", "knockout"}, "eval_gqa.py": {"llava_min"},
          "harness/runs.py": set(), "harness/plots.py": set(), "harness/errors.py": set(),
-         "harness/hub.py": {"llava_min", "vicuna", "harness.errors"},
+         "offload.py": {"llava_min", "vicuna"}, "harness/hub.py": {"llava_min", "vicuna", "offload", "harness.errors"},
+         "harness/flags.py": {"groups", "harness.hub", "harness.questions"},
          "harness/questions.py": {"llava_min", "groups", "views"},
-         "harness/experiment.py": {"llava_min", "groups", "fork", "views", "harness.hub", "harness.questions",
-                                   "harness.runs"}}
+         "harness/experiment.py": {"llava_min", "groups", "fork", "offload", "views", "harness.hub",
+                                   "harness.questions", "harness.runs"}}
 
 
 def imports(name):
@@ -93,7 +94,7 @@ def test_from_main_to_equation_7_it_is_five_calls_at_most(call, data, checkpoint
         if event == "call" and frame.f_code is knockout.cut.__code__:
             stack, f = [], frame
             while f is not None and f.f_code is not knockout.main.__code__:
-                if str(ROOT) == str(Path(f.f_code.co_filename).parent) and f.f_code.co_name != "<listcomp>":
+                if Path(f.f_code.co_filename).is_relative_to(ROOT) and f.f_code.co_name != "<listcomp>":
                     stack.append(f.f_code.co_name)
                 f = f.f_back
             depths.append(stack)

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from harness.experiment import Parser
+from harness.flags import Parser
 from harness.questions import TASKS, is_right, read_any, read_csv, read_questions, soft_accuracy
 
 HEAD = {"ChooseAttr": "question_id,img_id,question,answer,true option,false option,central object name,captions,"

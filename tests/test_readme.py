@@ -31,7 +31,8 @@ def test_every_flag_that_a_page_names_exists(page):
     code = "".join(file.read_text(encoding="utf-8") for part in ("*.py", "harness/*.py", "tiny/*.py")
                    for file in ROOT.glob(part))
     text = page.read_text(encoding="utf-8")
-    others = {"--nproc-per-node", "--help", "--reliability"}        # torchrun's, argparse's, the tests'
+    others = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port",
+              "--help", "--reliability"}        # torchrun's, argparse's, the tests'
     for flag in set(re.findall(r"(?<![\w|-])--[a-z][a-z-]+", text)) - others:
         assert f'"{flag}"' in code, flag
 

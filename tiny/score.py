@@ -16,7 +16,8 @@ from eval_gqa import answers
 from fork import clean_pass, unembed
 from groups import EmptyGroup, parse_edge
 from harness.errors import one_line_errors
-from harness.experiment import Parser, load_model
+from harness.experiment import load_model
+from harness.flags import Parser
 from harness.questions import BUNDLED, SIX, beside, read_gqa
 from knockout import EDGES, cut_ends
 from lens import lens

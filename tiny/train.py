@@ -30,7 +30,7 @@ import clip_vit
 import llava_min
 from harness import hub
 from harness.errors import one_line_errors
-from harness.experiment import Parser
+from harness.flags import Parser
 from harness.runs import replace_text
 from llava_min import INSTRUCTION
 from tiny.world import ASKERS, COLORS, PHOTOS, SHAPES, SIZES, draw, phrases, scene, sides

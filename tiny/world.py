@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from harness.errors import one_line_errors
-from harness.experiment import Parser
+from harness.flags import Parser
 from harness.questions import TASKS, task_of
 
 # ---------------------------------------------------------------------------------------------------- scenes
