@@ -34,6 +34,7 @@ from views import Geometry, open_image, views
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("--question", "Is it red?")
+pytestmark = pytest.mark.slow
 
 
 # ---------------------------------------------------------------------------------------------------- silent nonsense
@@ -293,7 +294,6 @@ def test_figures_of_an_own_question_are_drawn_where_it_has_their_groups(call, ph
 
 # ---------------------------------------------------------------------------------------------------- installed
 
-@pytest.mark.slow
 def test_after_pip_install_the_scripts_and_the_bundled_model_work_from_any_folder(tmp_path):
     pytest.importorskip("setuptools", reason="without setuptools a package cannot be built here")
     source, target = tmp_path / "source", tmp_path / "installed"
@@ -413,7 +413,6 @@ def test_an_odd_rank_in_the_environment_is_named(call, monkeypatch, env):
     refused(call(knockout.main, "--limit", 1), "RANK and WORLD_SIZE in the environment")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stream, code", [("1> /dev/full", 2), ("2> /dev/full", 0), ("2>&-", 0)])
 def test_files_are_there_whatever_becomes_of_the_output(data, checkpoint, tmp_path, stream, code):
     argv = ["knockout.py", "--model", checkpoint("llava-1.5"), *data, "--all", "--edge", "image->last", "--out",

@@ -23,6 +23,7 @@ from harness import hub
 from knockout import sweep
 from offload import Layers, Shelf, Tensors, together
 
+pytestmark = pytest.mark.slow
 KINDS = [("llava-1.5", "original", "one"), ("llava-1.5", "hf", "sharded"), ("llava-1.6", "original", "one"),
          ("llama3-next", "hf", "one")]
 DTYPES = [torch.float32, torch.bfloat16]
