@@ -189,7 +189,7 @@ def run(s, load=None):
                 with study.skipping_bad(q):
                     ask(study, s, [q])
         except BaseException:                                       # Ctrl-C: a notebook can go on in the same folder
-            study.run.close()
+            study.close()
             raise
     study.run.finish()
     if not study.run.rows_written():

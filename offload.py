@@ -54,10 +54,11 @@ class Tensors:
         self.places, self.stats = {}, {}                            # name -> where it is; file -> its size and time
         for file in files:
             self.stats[file] = stat(file)
-            if not str(file).endswith(".safetensors"):              # a pickle: its own reader finds the tensors
-                self.places |= {name: (file, None, vicuna.stored(file, name).shape, 0) for name in vicuna.stored(file)}
+            names = set(vicuna.stored(file))                        # ValueError, if the file is damaged
+            if not str(file).endswith(".safetensors"):              # a pickle, read once for all shapes
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                self.places |= {name: (file, None, tensor.shape, 0) for name, tensor in tensors.items()}
                 continue
-            names = set(vicuna.stored(file))                        # safetensors' own check of the header
             with open(file, "rb") as f:
                 size = int.from_bytes(f.read(8), "little")
                 header = json.loads(f.read(size))

@@ -249,18 +249,20 @@ class Study:
         self.run.finish()
         if not self.run.rows_written():
             notes = self.run.done.values()
-            known = any(q.answer for q in self.questions) and all("right" in note for note in notes)
-            wrong = known and not self.shared.data.all and not any(note["right"] for note in notes)
+            wrong = self.known() and not self.shared.data.all and not any(note["right"] for note in notes)
             self.report()
             raise NoRows("no row was measured: " + (
                 "no question was answered right; --all counts the others, too" if wrong else
                 "no question has the groups, or none could be used"))
 
+    def known(self):
+        """Is it known of every finished question whether it was answered right?"""
+        return any(q.answer for q in self.questions) and all("right" in note for note in self.run.done.values())
+
     def report(self):
         """Say what was counted and left out."""
         notes = list(self.run.done.values())
-        known = any(q.answer for q in self.questions) and all("right" in note for note in notes)
-        right = f", {sum(note['right'] for note in notes)} answered right" if known else ""
+        right = f", {sum(note['right'] for note in notes)} answered right" if self.known() else ""
         print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
         if (wide := self.run.settings.get("window", 0)) > (L := self.config.text.layers):
             print(f"note: a window of {wide} layers is wider than the model, which has {L}: it is clipped everywhere")
