@@ -27,7 +27,7 @@ if __name__ == "__main__":                         # Ctrl-C while torch is impor
 import torch
 
 import knockout
-from fork import causal, probability, to_mask, unembed
+from fork import additive, causal, probability, unembed
 from harness import errors, experiment, flags
 from knockout import edge_mask, forward, percent, sweep, window
 
@@ -44,7 +44,7 @@ def selfcheck(decoder, x, positions, clean, source, target, token, k, heads=None
     def mask(places):
         return edge_mask(decoder, T, places, target, heads).to(x.device)
     closed = mask(source)
-    plain = to_mask(causal(T, device=x.device)).expand_as(closed)   # of the same shape, so SDPA picks the same kernel
+    plain = additive(causal(T, device=x.device)).expand_as(closed)  # of the same shape, so SDPA picks the same kernel
     cos, sin = decoder.rope(positions)
     leaked, before, below, apart = [0.0], [0.0], [0.0], [0.0]
     for l in {0, L // 2, L - 1}:

@@ -49,18 +49,23 @@ def causal(T, S=None, device=None):
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def to_mask(keep):
-    """keep (..., T, S), True = may attend -> the paper's additive M (Eq. 4, 7): 0 keeps an edge, -inf cuts it.
+def additive(keep):
+    """keep (..., T, S), True = may attend -> the paper's additive M (Eq. 4, 7): 0 keeps an edge, -inf cuts it."""
+    return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
 
-    Combine masks as bools and convert once, here, where a query without a key is noticed before its softmax is NaN.
-    ValueError names such query positions.
+
+def to_mask(keep):
+    """`additive`, for masks that somebody made: combine them as bools and convert once, here.
+
+    A query without a key is noticed before its softmax is NaN. ValueError names such query positions. To look, the CPU
+    waits for the device that keep is on.
     """
     blind = ~keep.any(-1)
     if blind.any():
         first = keep.shape[-1] - keep.shape[-2]                     # the queries are the last T of S positions
         positions = sorted({first + t for t in blind.nonzero()[:, -1].tolist()})
         raise ValueError(f"query position(s) {positions[:4]} would attend to nothing: every key is cut")
-    return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
+    return additive(keep)
 
 
 # ---------------------------------------------------------------------------------------------------- the clean pass
@@ -83,7 +88,7 @@ def clean_pass(decoder, x, positions, keep=list):
     cos, sin = decoder.rope(positions)
     stream, caches, good = keep(), keep(), []
     # An explicit mask: with it, SDPA picks the same kernel as in the runs with a cut.
-    mask = to_mask(causal(x.shape[1], device=x.device))
+    mask = additive(causal(x.shape[1], device=x.device))
     for layer in decoder.layers:
         stream.append(x)
         good.append(x.isfinite().all())

@@ -27,7 +27,7 @@ if __name__ == "__main__":                         # Ctrl-C while torch is impor
 
 import torch
 
-from fork import causal, not_finite, probability, run_branches, to_mask, unembed
+from fork import additive, causal, not_finite, probability, run_branches, to_mask, unembed
 
 
 def cut(keep, source, target, heads=None):
@@ -111,7 +111,7 @@ def curve(decoder, x, positions, source, target, token, k, heads=None):
     against this.
     """
     T, L = x.shape[1], len(decoder.layers)
-    plain = to_mask(causal(T, device=x.device))                     # explicit, so that SDPA takes one kernel for all
+    plain = additive(causal(T, device=x.device))                    # explicit, so that SDPA takes one kernel for all
     blocked = edge_mask(decoder, T, source, target, heads).to(x.device)
     # Only the layers from the window on differ from the clean run, and only tokens from the first target on: everything
     # else is computed again and again. That is what `sweep` saves.

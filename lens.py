@@ -30,7 +30,7 @@ if __name__ == "__main__":                         # Ctrl-C while torch is impor
 
 import torch
 
-from fork import causal, finite, not_finite, run_branches, to_mask, unembed
+from fork import additive, causal, finite, not_finite, run_branches, unembed
 from knockout import edge_mask, forward, window
 
 
@@ -83,7 +83,7 @@ def without(decoder, x, positions, off, module, layers):
     h^l = h^(l-1) + a^l + f^l (Eq. 1), with a^l = 0 ("attention") or f^l = 0 ("mlp") there. x (1, T, C) -> (1, T, C)
     """
     cos, sin = decoder.rope(positions)
-    mask = to_mask(causal(x.shape[1], device=x.device))
+    mask = additive(causal(x.shape[1], device=x.device))
     for i, layer in enumerate(decoder.layers):                      # a layer's own forward, written out
         a = layer.attend(*layer.qkv(x, cos, sin), mask)
         if module == "attention" and i in layers:
@@ -114,7 +114,7 @@ def module_curves(decoder, clean, question, k):
         2  no MLP           1 1 1 1               0 0 0 1
     """
     T, L, s = clean.stream[0].shape[1], len(decoder.layers), min(question)
-    mask = to_mask(causal(T - s, T)).to(clean.stream[0].device, clean.stream[0].dtype)  # no edge is cut
+    mask = additive(causal(T - s, T)).to(clean.stream[0].device, clean.stream[0].dtype)  # no edge is cut
     gates = torch.ones(3, 2, T - s, 1)                              # (interventions, attention and MLP, tokens, 1)
     for m in range(2):
         gates[1 + m, m, [i - s for i in question]] = 0
@@ -127,7 +127,7 @@ def module_curves(decoder, clean, question, k):
 def edge_curve(decoder, clean, source, target, question, k):
     """Eq. 9 with an edge cut in the k layers around l: Jaccard of the words at `question`, for each l (figure 37)."""
     T, L, s, stream = clean.stream[0].shape[1], len(decoder.layers), min(target), clean.stream[0]
-    masks = torch.stack((to_mask(causal(T - s, T)), edge_mask(decoder, T, source, target, first=s)))[:, None]
+    masks = torch.stack((additive(causal(T - s, T)), edge_mask(decoder, T, source, target, first=s)))[:, None]
     return compare(decoder, clean, masks.to(stream.device, stream.dtype), [(1, window(l, k, L)) for l in range(L)],
                    question)
 
@@ -259,7 +259,7 @@ def plain_curves(d, asked, question, cuts, s):
         return [jaccard(base, other) for h in runs for other in word_sets(d, h[:, question])]
     curves = {f"no {m}": jaccards(without(d, x, positions, question, m, onward(l, s.window, L)) for l in range(L))
               for m in MODULES if s.modules}
-    plain = to_mask(causal(T, device=x.device))
+    plain = additive(causal(T, device=x.device))
     for edge, places in cuts.items():
         mask = edge_mask(d, T, *places).to(x.device)
         curves[edge] = jaccards(forward(d, x, positions, plain, mask, window(l, s.window, L)) for l in range(L))

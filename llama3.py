@@ -149,18 +149,23 @@ def causal(T, S=None, device=None):
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def to_mask(keep):
-    """keep (..., T, S), True = may attend -> the paper's additive M (Eq. 4, 7): 0 keeps an edge, -inf cuts it.
+def additive(keep):
+    """keep (..., T, S), True = may attend -> the paper's additive M (Eq. 4, 7): 0 keeps an edge, -inf cuts it."""
+    return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
 
-    Combine masks as bools and convert once, here, where a query without a key is noticed before its softmax is NaN.
-    ValueError names such query positions.
+
+def to_mask(keep):
+    """`additive`, for masks that somebody made: combine them as bools and convert once, here.
+
+    A query without a key is noticed before its softmax is NaN. ValueError names such query positions. To look, the CPU
+    waits for the device that keep is on.
     """
     blind = ~keep.any(-1)
     if blind.any():
         first = keep.shape[-1] - keep.shape[-2]                     # the queries are the last T of S positions
         positions = sorted({first + t for t in blind.nonzero()[:, -1].tolist()})
         raise ValueError(f"query position(s) {positions[:4]} would attend to nothing: every key is cut")
-    return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
+    return additive(keep)
 
 
 def attention_weights(q, k, mask):
@@ -169,7 +174,7 @@ def attention_weights(q, k, mask):
     q (B, H, T, D)  k (B, H, S, D)  mask broadcasts to (B, H, T, S), None is plain causal  ->  (B, H, T, S)
     """
     if mask is None:
-        mask = to_mask(causal(q.shape[2], k.shape[2], q.device))
+        mask = additive(causal(q.shape[2], k.shape[2], q.device))
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])       # (B, H, T, S)
     return (scores.float() + mask).softmax(-1).to(q.dtype)          # softmax in fp32, as the reference
 
@@ -186,7 +191,7 @@ def attend_fast(q, k, v, mask):
     """`attend` by torch's fused kernel: the same up to rounding, and the (T, S) scores are never stored as a whole."""
     T, S = q.shape[2], k.shape[2]
     if mask is None and 1 < T < S:                                  # is_causal counts from the first key, not the last
-        mask = to_mask(causal(T, S, q.device))
+        mask = additive(causal(T, S, q.device))
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single new token attends to everything
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))  # 0 and -inf are exact in any
