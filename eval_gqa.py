@@ -21,6 +21,7 @@ import random
 import signal
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
@@ -181,13 +182,13 @@ def run(s, load=None):
         return questions.read_gqa(d.data[0], d.images, bad, d.limit, **boxes, only=None)
     study = experiment.Study(s.shared, load, read)
     study.open("eval.csv", COLUMNS, by_photo, prompt=s.prompt, normalize=s.normalize)
-    for batch in batches(study, s.batch):
+    for batch, result in study.together(partial(ask, study, s), batches(study, s.batch)):
         try:
-            ask(study, s, batch)
+            write(study, s, batch, result())
         except (ValueError, FloatingPointError):                    # one of them is bad: which?
             for q in batch:
                 with study.skipping_bad(q):
-                    ask(study, s, [q])
+                    write(study, s, [q], ask(study, s, [q]))
         except BaseException:                                       # Ctrl-C: a notebook can go on in the same folder
             study.close()
             raise
@@ -208,10 +209,14 @@ def run(s, load=None):
 
 
 def ask(study, s, batch):
-    """Ask questions about one photo, and write their rows."""
+    """Ask questions about one photo -> for each the ids of its answer."""
     instruction = {"instruction": LLAVA_INSTRUCTION} if s.prompt == "llava" else {}
-    prompts = [q.prompt(study.model, **instruction) for q in batch]
-    for q, ids in zip(batch, answers(study.model, prompts), strict=True):
+    return answers(study.model, [q.prompt(study.model, **instruction) for q in batch])
+
+
+def write(study, s, batch, answered):
+    """The rows of questions, from the ids of their answers."""
+    for q, ids in zip(batch, answered, strict=True):
         answer = normalize(study.model.words(ids), s.normalize)
         study.write(q, [[*q.first_columns(answer), int(answer == q.answer.lower())]])
 

@@ -60,12 +60,12 @@ class Config:
 
     @property
     def geometry(self):                            # of a model with a vision tower
-        fill = tuple(int(255 * m) for m in clip_vit.MEAN)
+        fill = tuple(int(255 * m) for m in self.tower_file.MEAN)
         return Geometry(self.vision.image, self.vision.patch, self.aspect, self.pinpoints, self.preprocess, fill)
 
-    @property
-    def decoder_file(self):
-        return next(file for file in DECODERS if isinstance(self.text, file.Config))
+    tower_file = clip_vit
+    decoder_file = property(lambda self: next(file for file in DECODERS if isinstance(self.text, file.Config)))
+    template = property(lambda self: self.decoder_file.TEMPLATE)    # what comes before and after the user's message
 
     @classmethod
     def from_json(cls, raw, tower=None):
@@ -168,7 +168,7 @@ class LLaVA(nn.Module):
         self.config = c
         self.decoder = c.decoder_file.Decoder(c.text)
         if c.vision:
-            self.vision_tower = clip_vit.Tower(c.vision)
+            self.vision_tower = c.tower_file.Tower(c.vision)
             self.mm_projector = nn.Sequential(nn.Linear(c.vision.width, c.text.width), nn.GELU(),
                                               nn.Linear(c.text.width, c.text.width))
         if c.aspect == "anyres":
@@ -196,7 +196,7 @@ class LLaVA(nn.Module):
         if (image is None) == bool(self.config.vision):
             raise ValueError("this model needs an image" if image is None else "this model is text-only: no image")
         c, file = self.config, self.config.decoder_file
-        (before, after), instruction = file.TEMPLATE, instruction if brief else ""
+        (before, after), instruction = c.template, instruction if brief else ""
         context = "<image>\n" if image is not None else f"{captions}\n" if captions else ""
         text = before + context + question + instruction + after + file.PAPER_END * (instruction == INSTRUCTION)
         ids, spans = tokenize(self.tokenizer, text, file.BOS and self.tokenizer.token_to_id(file.BOS))
@@ -204,7 +204,7 @@ class LLaVA(nn.Module):
         if image is not None:                                       # n image tokens take the place of the one mark
             image = open_image(image) if isinstance(image, str | Path) else to_rgb(image)
             first, g = ids.index(IMAGE), c.geometry
-            slots, pixels = patch_slots(image.size, g), [clip_vit.to_pixels(view) for view in views(image, g)]
+            slots, pixels = patch_slots(image.size, g), [c.tower_file.to_pixels(v) for v in views(image, g)]
             n = len(slots)
             tokens[first:first + 1], spans[first:first + 1] = [""] * n, [None] * n
             photo = {"image": range(first, first + n), "slots": slots, "pixels": torch.stack(pixels),
@@ -276,12 +276,11 @@ class LLaVA(nn.Module):
                 break
             if keep is not None:                                    # the new token's key is everyone's own
                 keep = torch.cat((keep, keep.new_ones(len(keep), 1)), 1)
-            mask = None if keep is None else vicuna.to_mask(keep[:, None, None])         # (B, 1, 1, S)
+            mask = None if keep is None else vicuna.additive(keep[:, None, None])        # (B, 1, 1, S)
             x, (cos, sin) = d.embed_tokens(best[:, None]), (t[:, None, None] for t in d.rope(at))      # (B, 1, C)
             for i, layer in enumerate(d.layers):
                 cache = list(caches[i])                             # tensors are shared, the lists are ours
-                x = layer(x, cos, sin, mask, cache)
-                caches[i] = cache
+                x, caches[i] = layer(x, cos, sin, mask, cache), cache
             logits, at = d.lm_head(d.norm(x[:, -1])), at + 1
         return ids
 
@@ -323,7 +322,7 @@ def pick(get, kind="model"):
 
     if kind == "model":
         first("config", "config.json")
-        first("tokenizer", "tokenizer.json", "tokenizer.model")
+        first("tokenizer", "tokenizer.json", "tokenizer.model", "vocab.json")
         files["generation"] = get("generation_config.json")         # may be absent
     else:
         first("config", "open_clip_config.json", "config.json")
@@ -399,34 +398,35 @@ def rename(name, decoder_file):
     return name
 
 
-def read_config(files, preprocess="llava"):
-    """Files -> Config; opens no weights. ValueError names the file and what is wrong with it."""
+def read_config(files, preprocess="llava", kind=Config):
+    """Files -> Config, or another family's kind of it; opens no weights. ValueError: which file, and what is wrong."""
     raw, tower = read_json(files.config), files.tower and read_json(files.tower.config)
     try:
-        return replace(Config.from_json(raw, tower), preprocess=preprocess)
+        return replace(kind.from_json(raw, tower), preprocess=preprocess)
     except ValueError as e:
         raise ValueError(f"{files.config}: {e}") from e
     except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
         raise ValueError(f"{files.config} cannot be read as a model's config ({type(e).__name__}: {e})") from e
 
 
-def load(folder, dtype=torch.float32, device="cpu", vision_tower=None, preprocess="llava", take_layers=None):
+def load(folder, dtype=torch.float32, device="cpu", vision_tower=None, preprocess="llava", take_layers=None,
+         family=None):
     """A local folder (or Files) -> LLaVA with its tokenizer. ValueError: what is missing, damaged, or does not fit.
 
     vision_tower: a folder, instead of the one that config.json names. The tower of 1.5 is kept in float32 whatever the
     dtype, as in the reference (it was frozen in training, and is loaded by itself); those of 1.6 and NeXT have `dtype`.
-    take_layers(model, files) -> names of tensors that are not to be read, see offload.py.
+    take_layers(model, files) -> names of tensors that are not to be read, see offload.py. family: llava_onevision, ...
     """
+    family = family or sys.modules[__name__]
     files = folder if isinstance(folder, Files) else find_files(folder)
     if (kind := tower_kind(files)) and not files.tower:
         try:
-            tower = find_files(vision_tower or read_json(files.config)["mm_vision_tower"], kind)
+            files = replace(files, tower=find_files(vision_tower or read_json(files.config)["mm_vision_tower"], kind))
         except ValueError as e:
             raise ValueError(f"the vision tower of {folder}: {e}; --vision-tower takes a folder") from e
-        files = replace(files, tower=tower)
-    config = read_config(files, preprocess)
+    config = family.read_config(files, preprocess)
     with torch.device("meta"):                                      # no memory until the shapes are known
-        model = LLaVA(config).to(dtype)
+        model = family.LLaVA(config).to(dtype)
     if config.vision and config.aspect == "pad":
         model.vision_tower.float()
     taken = take_layers(model, files) if take_layers else ()
@@ -454,10 +454,11 @@ def load(folder, dtype=torch.float32, device="cpu", vision_tower=None, preproces
     return model
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(doc=__doc__, load=load, model=Path(__file__).parent / "tiny" / "llava-tiny"):
+    """The command line, of this file or of another family's. model: the folder that is used if none is given."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = vicuna.fail
-    parser.add_argument("--model", metavar="FOLDER", default=Path(__file__).resolve().parent / "tiny" / "llava-tiny")
+    parser.add_argument("--model", metavar="FOLDER", default=model, required=not model)
     parser.add_argument("--vision-tower", metavar="FOLDER", help="its vision tower, where the checkpoint has none")
     parser.add_argument("--image", metavar="FILE")
     parser.add_argument("--question", metavar="TEXT", required=True)
@@ -465,16 +466,15 @@ def main():
     parser.add_argument("--long", action="store_true", help="leave out the instruction to answer in a word or phrase")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     args = parser.parse_args()
-    if args.tokens < 1:
-        raise ValueError("--tokens takes a number from 1")
-    image = open_image(args.image) if args.image else None
-    model = load(args.model, getattr(torch, args.dtype), vision_tower=args.vision_tower)
-    print(model.generate(model.prompt(args.question, image, brief=not args.long), args.tokens))
+    try:
+        sys.stdout.reconfigure(errors="replace")                    # "?" for a letter that the terminal lacks
+        if args.tokens < 1:
+            raise ValueError("--tokens takes a number from 1")
+        model = load(args.model, getattr(torch, args.dtype), vision_tower=args.vision_tower)
+        print(model.generate(model.prompt(args.question, args.image, brief=not args.long), args.tokens))
+    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as e:
+        vicuna.fail(e)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")                        # "?" for a letter that the terminal lacks
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as e:
-        vicuna.fail(e)
+    main()

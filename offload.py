@@ -29,7 +29,9 @@ import os
 import queue
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import nn
@@ -52,6 +54,7 @@ class Tensors:
     def __init__(self, files):
         """ValueError: a file is damaged."""
         self.places, self.stats = {}, {}                            # name -> where it is; file -> its size and time
+        self.buffer = torch.empty(0, dtype=torch.uint8)             # of `copy`
         for file in files:
             self.stats[file] = stat(file)
             names = set(vicuna.stored(file))                        # ValueError, if the file is damaged
@@ -65,18 +68,28 @@ class Tensors:
             self.places |= {name: (file, h["dtype"], tuple(h["shape"]), 8 + size + h["data_offsets"][0])
                             for name, h in header.items() if name in names}
 
-    def read(self, name):
-        """-> the tensor, in the file's dtype. ValueError: the file was changed or removed since it was opened."""
+    def read(self, name, into=torch.empty):
+        """-> the tensor, in the file's dtype. into(shape, dtype=...): the memory it is read into. ValueError: the file
+        was changed or removed since it was opened."""
         file, dtype, shape, start = self.places[name]
         if stat(file) != self.stats[file]:
             raise ValueError(f"{file} was changed or removed while its layers were in use; start again")
         if dtype not in DTYPES:
             return vicuna.stored(file, name)
-        tensor = torch.empty(shape, dtype=DTYPES[dtype])
+        tensor = into(shape, dtype=DTYPES[dtype])
         with open(file, "rb", buffering=0) as f:
             f.seek(start)
             fill(f, tensor, file)
         return tensor
+
+    def copy(self, name, slot):
+        """The tensor, into `slot`, in its dtype; by way of memory that is kept, since fresh pages take time."""
+        def kept(shape, dtype):
+            size = math.prod(shape) * dtype.itemsize
+            if len(self.buffer) < size:
+                self.buffer = torch.empty(size, dtype=torch.uint8)
+            return self.buffer[:size].view(dtype).view(shape)
+        slot.copy_(self.read(name, kept))
 
     def __iter__(self):
         for name in self.places:
@@ -155,6 +168,12 @@ class Shelf:
         return other
 
 
+def give_back():
+    """Return free memory to the system: glibc keeps what was freed between pieces that are in use."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
+
+
 # ---------------------------------------------------------------------------------------------------- layers
 
 class Layers(nn.Module):
@@ -166,7 +185,19 @@ class Layers(nn.Module):
         super().__init__()
         self.blocks, self.tensors, self.names = tuple(blocks), tensors, names      # a tuple: not this module's children
         self.held = [{p: tensors.read(name) for p, name in layer.items()} for layer in names] if memory else None
-        self.session, self.sound = None, set()
+        self.session, self.sound, self.here = None, set(), threading.local()
+
+    def waited(self):
+        """Seconds that the calling thread has waited for layers, or while other questions computed."""
+        return getattr(self.here, "waited", 0.0)
+
+    def wait(self, get):
+        """get(), which waits for a layer."""
+        start = time.perf_counter()
+        try:
+            return get()
+        finally:
+            self.here.waited = self.waited() + time.perf_counter() - start
 
     def __len__(self):
         return len(self.names)
@@ -184,7 +215,7 @@ class Layers(nn.Module):
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self.fetch, 0)
             for i in range(len(self)):
-                block = coming.result()
+                block = self.wait(coming.result)
                 if i + 1 < len(self):
                     coming = pool.submit(self.fetch, i + 1)
                 yield block
@@ -195,11 +226,14 @@ class Layers(nn.Module):
         block = self.blocks[i % 2]
         for parameter, slot in block.named_parameters():
             name = self.names[i][parameter]
-            tensor = self.held[i][parameter] if self.held else self.tensors.read(name)
-            slot.copy_(tensor)
+            if self.held:
+                slot.copy_(self.held[i][parameter])
+            else:
+                self.tensors.copy(name, slot)
             if i not in self.sound and not slot.sum(dtype=torch.float32).isfinite() and not slot.isfinite().all():
                 raise ValueError(f"{name}: it holds NaN or infinity, or values that are too large for {slot.dtype}")
         self.sound.add(i)
+        give_back()
         return block
 
 
@@ -221,6 +255,7 @@ class RestingTower(nn.Module):
         finally:
             for slot in self.tower.parameters():
                 slot.data = slot.data.new_empty(0)
+            give_back()
 
 
 class RestingEmbedding(nn.Module):
@@ -244,10 +279,11 @@ class RestingEmbedding(nn.Module):
         return torch.stack([rows[i] for i in ids.flatten().tolist()]).view(*ids.shape, -1).to(self.device)
 
 
-def load(files, dtype=torch.float32, device="cpu", memory=False, preprocess="llava"):
+def load(files, dtype=torch.float32, device="cpu", memory=False, preprocess="llava", family=llava_min):
     """As llava_min.load, but the decoder's layers stay in the files; with `memory` in host memory, in the files' dtype.
 
-    files: a folder or llava_min.Files. The streams and caches of a question go to a Shelf, unless `memory` is given.
+    files: a folder or llava_min.Files. family: see llava_min.load. The streams and caches of a question go to a Shelf,
+    unless `memory` is given.
     """
     def take_layers(model, files):
         """The layers of a model on torch's meta device are exchanged for a Layers -> the names that it reads itself."""
@@ -277,10 +313,12 @@ def load(files, dtype=torch.float32, device="cpu", memory=False, preprocess="lla
         return held
     if hasattr(LIBC, "mallopt"):                                    # glibc: memory that one thread freed serves all
         LIBC.mallopt(M_ARENA_MAX, 1)
-    model = llava_min.load(files, dtype, device, preprocess=preprocess, take_layers=take_layers)
+    model = llava_min.load(files, dtype, device, preprocess=preprocess, take_layers=take_layers,
+                           family=family)
     if not memory:
         d, model.keep = model.decoder, Shelf
-        d.embed_tokens = RestingEmbedding(d.embed_tokens)
+        if d.lm_head.weight is not d.embed_tokens.weight:           # else it is needed as a whole, as the head
+            d.embed_tokens = RestingEmbedding(d.embed_tokens)
         if model.config.vision:
             model.vision_tower = RestingTower(model.vision_tower)
     return model
@@ -297,7 +335,7 @@ def together(model, do, items):
     error. What is called loops over model.decoder.layers; only one of the calls runs at a time."""
     layers = model.decoder.layers
     if len(items) == 1 or not isinstance(layers, Layers):
-        return [lambda item=item: do(item) for item in items]
+        return [partial(do, item) for item in items]
     session = layers.session = Session(layers)
     try:
         return session.run(do, items)
@@ -317,7 +355,7 @@ class Session:
         """In an item's thread: stop here until layer i is there -> its block."""
         inbox, number = self.threads[threading.get_ident()]
         self.said.put((number, "layer", i))
-        block = inbox.get()
+        block = self.layers.wait(inbox.get)
         if block is None:
             raise Stopped
         return block

@@ -27,6 +27,7 @@ import signal
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -48,27 +49,31 @@ def prefill(decoder, x, positions, image, first, stay=()):
     -> the residual stream after the last layer (1, tokens left, C); each layer's [keys, values], (1, K, its tokens, D);
     the tokens of `image` that stayed. ValueError: stay is a number, but there is no layer below.
     """
-    T, L, caches = x.shape[1], len(decoder.layers), [[] for _ in range(len(decoder.layers))]
+    L, caches = len(decoder.layers), [[] for _ in range(len(decoder.layers))]
     if isinstance(stay, int) and first == 0:
         raise ValueError("there is no attention below the first layer to choose by")
+    gone = set(image)
+    stays = list(image) if first >= L or isinstance(stay, int) else sorted(gone.intersection(stay))
+    text, image, stays = (torch.tensor(tokens, dtype=torch.long, device=x.device) for tokens in (
+        [t for t in range(x.shape[1]) if t not in gone], list(image), stays))
     cos, sin = decoder.rope(positions)
     for i, layer in enumerate(decoder.layers):
         if i == first:
-            gone = set(image).difference(stay)
-            left = torch.tensor([t for t in range(T) if t not in gone], device=x.device)
+            left = torch.cat((text, stays)).sort().values           # on the device: the CPU does not wait
             x, cos, sin = x[:, left], cos[left], sin[left]          # each token keeps its own rotation
         last = x[:, -1:]                                            # the last token, as it enters this layer
         x = layer(x, cos, sin, None, caches[i])                     # the order is kept, so plain causal will do
         if isinstance(stay, int) and i + 1 == first < L:
-            stay = most_attended(layer, last, cos[-1:], sin[-1:], caches[i], image, stay)
-    return x, caches, sorted(set(image).intersection(stay)) if first < L else list(image)
+            stays = most_attended(layer, last, cos[-1:], sin[-1:], caches[i], image, stay)
+    return x, caches, sorted(stays.tolist())
 
 
 def most_attended(layer, last, cos, sin, cache, image, n):
-    """The n tokens of `image` that the last token, entering `layer` as (1, 1, C), attends to most; mean over heads."""
+    """Those n of the tokens `image` (N,) that the last one, (1, 1, C) entering `layer`, attends to most; mean over
+    heads."""
     q = layer.qkv(last, cos, sin)[0]                                # (1, H, 1, D); the keys are in the cache
     paid = layer.weights(q, cache[0], None).float().mean(1)[0, 0]   # (T,)
-    return [image[i] for i in paid[image].topk(min(n, len(image))).indices.tolist()]
+    return image[paid[image].topk(min(n, len(image))).indices]
 
 
 def layer_flops(c, start, end):
@@ -124,18 +129,13 @@ def run(s, load=None):
     weights = hub.weights_hash(study.checkpoint.files) if s.suggest else None
     removed = choose_removed(s, study.config.text.layers, plots.rows, weights)
     study.open("prune.csv", COLUMNS, last=removed, keep=s.keep, repeats=s.repeats, seed=s.shared.seed)
-    warm = False
-    for question in study.todo():                                   # those without rows on disk: a run can be resumed
+    for question, result in study.measured(partial(measure, removed=removed, warm=set()), s):
         with study.skipping_bad(question):
-            prompt = question.prompt(study.model)
             try:
-                stay = staying(question.groups(prompt), s, question.key)
+                rows, right = result()
             except experiment.EmptyGroup as e:
                 study.lacks(question, f"--keep {s.keep}", e)
                 continue
-            timed = measure(study.model, prompt, removed, stay, s.repeats + (not warm))
-            warm = True                                             # the first question has a turn more, to warm up
-            rows, right = rows_of(study.model, question, prompt, timed, s)
             # Right with the whole image, that is. Only --all shows questions that pruning repairs.
             study.write(question, rows if study.counts(right) else (), right=right)
     study.finish()
@@ -168,29 +168,40 @@ def staying(groups, s, key):
     return groups.positions("related_patches") if kind == "related" else int(n) if kind == "attended" else ()
 
 
-def measure(model, prompt, removed, stay, turns):
+def measure(study, question, s, removed, warm):
+    """One question -> (rows of prune.csv, was the answer with the whole image right). EmptyGroup: --keep names patches
+    that the prompt lacks. warm: a set, empty until a question was measured; that one has a turn more, to warm up."""
+    prompt = question.prompt(study.model)
+    stay = staying(question.groups(prompt), s, question.key)
+    turns = s.repeats + (not warm)
+    warm.add(question.key)
+    return rows_of(study.model, question, prompt, take_turns(study.model, prompt, removed, stay, turns), s)
+
+
+def take_turns(model, prompt, removed, stay, turns):
     """Generate with the image dropped from the last X layers, for every X -> {X: a list of (answer, image tokens left,
     bytes of the cache, seconds of prefill, seconds of decoding), one per turn}."""
     x, image, d, timed = model.embed(prompt), list(prompt.image), model.decoder, {X: [] for X in removed}
     for _ in range(turns):                                          # interleaved: clock drift affects every X alike
         for X in removed:
-            a = clock(x.device)                                     # without the vision tower: the same for every X
+            a = clock(model)                                        # without the vision tower: the same for every X
             h, caches, left = prefill(d, x, prompt.positions, image, len(d.layers) - X, stay if X else ())
-            b, size = clock(x.device), kv_bytes(caches)
+            b, size = clock(model), kv_bytes(caches)
             ids, = model.decode(unembed(d, h[:, -1]), caches, len(prompt))
-            timed[X].append((model.words(ids), len(left), size, b - a, clock(x.device) - b))
+            timed[X].append((model.words(ids), len(left), size, b - a, clock(model) - b))
     return timed
 
 
-def clock(device):
-    """Seconds, once the device has done what it was asked to."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-    return time.perf_counter()
+def clock(model):
+    """Seconds that were spent computing, once the device has done what it was asked to."""
+    if model.device.type != "cpu":
+        getattr(torch, model.device.type).synchronize()
+    waited = getattr(model.decoder.layers, "waited", None)          # for layers that lie on disk, see offload.Layers
+    return time.perf_counter() - (waited() if waited else 0)
 
 
 def rows_of(model, question, prompt, timed, s):
-    """What `measure` found -> (rows of prune.csv, was the answer with the whole image right).
+    """What `take_turns` found -> (rows of prune.csv, was the answer with the whole image right).
 
     Where no answer is known, the one with the whole image counts as right: what is measured is agreement with it.
     """

@@ -42,10 +42,11 @@ class Geometry:
     pinpoints: tuple = ()                          # anyres: sizes that the canvas of tiles may have
     preprocess: str = "llava"                      # "llava": pad, tile and round as LLaVA; "hf": as transformers
     fill: tuple = (122, 116, 104)                  # RGB of the padding, 0 to 255: CLIP's mean colour
+    most: int | None = None                        # anyres: a map of more views' patches than this is scaled down
 
     def __post_init__(self):
-        if self.image % self.patch:
-            raise ValueError(f"a view of {self.image} px is not made of patches of {self.patch} px")
+        if not 0 < self.patch <= self.image:
+            raise ValueError(f"a view of {self.image} px has no patch of {self.patch} px")
         whole = all(len(p) == 2 and all(type(v) is int and v > 0 and v % self.image == 0 for v in p)
                     and p[0] * p[1] <= 100 * self.image ** 2 for p in self.pinpoints[:1000])
         if self.aspect == "anyres" and not (self.pinpoints and whole):
@@ -54,7 +55,7 @@ class Geometry:
 
     @property
     def side(self):
-        """Patches along one side of a view: 24 for 336 / 14."""
+        """Patches along one side of a view: 24 for 336 / 14. Of 384 px, the last 6 are in none of 27."""
         return self.image // self.patch
 
 
@@ -157,6 +158,8 @@ def views(image, g, fill=None):
 def patch_slots(size, g):
     """Which patch each image token shows: int (n, 3) of view, row, column; (-1, -1, -1) is a newline token.
 
+    Where the map of tiles is scaled down, a token shows more than a patch: it gets the one in its middle.
+
     A photo of 2 : 1 with pinpoints of 2 x 2 views, 3 x 3 patches a view, gets
 
         view 0, squeezed     the tiles as one map of 6 x 6 patches, after unpad
@@ -165,22 +168,54 @@ def patch_slots(size, g):
         6  7  8              16 ...          21  newline 22      rows marked "." are padding and give no token
                              ...
     """
-    p, I = g.side, g.image
+    p = g.side
     slots = [(0, row, col) for row in range(p) for col in range(p)]
     if g.aspect == "anyres":
-        (w, h), (W, H) = size, best_canvas(size, g)
-        wide, high = W // I * p, H // I * p                         # the map of all tiles, in patches
-        rows, cols = range(high), range(wide)
-        exact = (lambda x: round(x, 7)) if g.preprocess == "hf" else (lambda x: x)  # transformers rounds before int()
-        if w / h > wide / high:                                     # padding above and below the photo
-            cut = (high - int(exact(h * (wide / w)))) // 2
-            rows = range(cut, high - cut)
-        else:                                                       # padding left and right of it
-            cut = (wide - int(exact(w * (high / h)))) // 2
-            cols = range(cut, wide - cut)
-        for row in rows:
-            slots += [(1 + row // p * (W // I) + col // p, row % p, col % p) for col in cols] + [(-1, -1, -1)]
+        rows, cols = tile_map(size, g)
+        tiles = best_canvas(size, g)[0] // g.image                  # in a row
+        for row in map(rows.nearest, range(rows.out)):
+            slots += [(1 + row // p * tiles + col // p, row % p, col % p)
+                      for col in map(cols.nearest, range(cols.out))] + [(-1, -1, -1)]
     return torch.tensor(slots)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Rows (or columns) of the map of all tiles: those patches that are not padding, and how many tokens they become.
+
+    Token i's part of the axis begins at patch start + i * step, and is as long as step: 1, if nothing is scaled down.
+    """
+    start: int                                     # first patch that is kept, counted over all tiles
+    kept: int                                      # patches that are kept
+    out: int                                       # tokens
+
+    @property
+    def step(self):
+        return self.kept / max(self.out, 1)
+
+    def nearest(self, i):
+        """The patch in the middle of token i's part."""
+        return self.start + int((i + 0.5) * self.step)
+
+
+def tile_map(size, g):
+    """AnyRes: the map of all tiles' patches, after unpad -> (rows, columns), an Axis each.
+
+    OneVision (g.most) scales a map of more than `most` views' patches down, to fit; llava_onevision.py does it.
+    """
+    (w, h), (W, H), p = size, best_canvas(size, g), g.side
+    wide, high = W // g.image * p, H // g.image * p                 # in patches
+    rows, cols = [0, high], [0, wide]                               # first, and how many
+    exact = (lambda x: round(x, 7)) if g.preprocess == "hf" else (lambda x: x)  # transformers rounds before int()
+    if w / h > wide / high:                                         # padding above and below the photo
+        cut = (high - int(exact(h * (wide / w)))) // 2
+        rows = [cut, high - 2 * cut]
+    else:                                                           # padding left and right of it
+        cut = (wide - int(exact(w * (high / h)))) // 2
+        cols = [cut, wide - 2 * cut]
+    times = math.sqrt(rows[1] * cols[1] / (g.most * p ** 2)) if g.most else 1
+    times = times if times > 1.1 else 1                             # the original's threshold
+    return Axis(*rows, int(rows[1] // times)), Axis(*cols, int(cols[1] // times))
 
 
 def slot_rows(slots, side):
@@ -209,12 +244,18 @@ def affine(size, g):
 
 
 def patch_boxes(size, g):
-    """Where each image token lies on the photo: float (n, 4) of x0, y0, x1, y1; NaN for newlines and padding."""
+    """Where each image token lies on the photo: float (n, 4) of x0, y0, x1, y1; NaN for newlines and padding.
+
+    The place of a patch; where the map of tiles is scaled down, of the token's part of it, see Axis.
+    """
     slots, maps = patch_slots(size, g), torch.tensor(affine(size, g))  # (n, 3), (N, 4)
     (w, h), step = size, g.patch
     scale, shift = maps[slots[:, 0], :2], maps[slots[:, 0], 2:]     # a newline's view, -1, reads a row masked below
     corner = slots[:, [2, 1]] * step                                # (n, 2) of x, y in the view
     low, high = scale * corner + shift, scale * (corner + step) + shift
+    if g.most:
+        rows, cols = tile_map(size, g)
+        low[g.side ** 2:], high[g.side ** 2:] = parts_on_photo(rows, cols, maps[1], g)
     limit = torch.tensor([w, h])
     low, high = low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)
     boxes = torch.cat((low, high), 1)
@@ -235,7 +276,48 @@ def patches_in_boxes(size, boxes, g):
         draw.rectangle((max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])), fill=255)
     seen = views(mask, g, fill=g.fill[0])                           # as the paper: red of the fill around the mask
     p, step = g.side, g.patch
-    full = np.stack([np.asarray(view) == 255 for view in seen])     # (N, I, I)
+    full = np.stack([np.asarray(view)[:p * step, :p * step] == 255 for view in seen])   # without what no patch reads
     inside = torch.from_numpy(full.reshape(-1, p, step, p, step).any((2, 4))).flatten()  # (N P,)
     rows = slot_rows(patch_slots(size, g), p)
-    return inside[rows] & (rows >= 0)
+    related = inside[rows] & (rows >= 0)
+    if g.most:
+        related[p ** 2:] = parts_with(full[1:], *tile_map(size, g), best_canvas(size, g)[0] // g.image, step)
+    return related
+
+
+# ---------------------------------------------------------------------------------------------------- scaled down
+
+def parts_on_photo(rows, cols, way, g):
+    """Where the tokens of a map of tiles lie on the photo, newlines included -> low and high corner, float (n, 2) each.
+
+    way: from px of the canvas to px of the photo, see `affine`. A part that ends with a tile ends with its last patch.
+    """
+    def ends(axis):
+        at = torch.arange(axis.out + 1, dtype=torch.float64) * axis.step    # in patches, over all tiles
+        at = (axis.start + at).round(decimals=9)
+        tile = (at / g.side).floor()
+        low = tile * g.image + (at - tile * g.side) * g.patch       # in px of the canvas
+        last = (at == tile * g.side) & (at > 0)
+        high = torch.where(last, (tile - 1) * g.image + g.side * g.patch, low)
+        return low[:-1], high[1:]
+    (y0, y1), (x0, x1) = ends(rows), ends(cols)
+    x0, x1 = (torch.cat((x, x.new_zeros(1))) for x in (x0, x1))     # a newline's place, which patch_boxes takes out
+    low, high = (torch.stack(torch.broadcast_tensors(x, y[:, None]), -1).view(-1, 2).float()
+                 for x, y in ((x0, y0), (x1, y1)))
+    return way[:2] * low + way[2:], way[:2] * high + way[2:]
+
+
+def parts_with(full, rows, cols, tiles, step):
+    """Which tokens of a map of tiles have a pixel that is True in full (N, p step, p step) -> bool (n,), False for a
+    newline. tiles: in a row. A pixel belongs to the token whose part its middle lies in."""
+    N, side, _ = full.shape
+    whole = full.reshape(N // tiles, tiles, side, side).swapaxes(1, 2).reshape(N // tiles * side, tiles * side)
+
+    def token_of(axis, length):                                     # of each pixel along an axis; out of range: padding
+        return np.floor(((np.arange(length) + 0.5) / step - axis.start) / axis.step)
+    ys, xs = token_of(rows, whole.shape[0]), token_of(cols, whole.shape[1])
+    found = np.zeros((rows.out, cols.out + 1), dtype=bool)
+    for y in range(rows.out):
+        line = whole[ys == y].any(0)                                # (tiles side,)
+        found[y, :-1] = [line[xs == x].any() for x in range(cols.out)]
+    return torch.from_numpy(found).flatten()

@@ -18,6 +18,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -91,7 +92,7 @@ class Study:
         m, d = shared.model, shared.data
         self.shared, self.bad, self.load, self.run = shared, [], load or load_model, None
         self.checkpoint = hub.resolve(m.name, m.revision, m.vision_tower)
-        self.config = llava_min.read_config(self.checkpoint.files, m.preprocess)
+        self.config = hub.read_config(self.checkpoint.files, m.preprocess)
         self.single, self.out = not d.data, Path(shared.out)
         self.questions = read(d, self.bad if d.skip_bad else None, bool(self.config.vision))
         if not self.questions:
@@ -152,17 +153,25 @@ class Study:
             i, n = self.run.shard or (0, 1)
             questions = self.questions[i::n]
         if any(q.key not in self.run.done for q in questions):      # loaded before the bar appears
-            size = size or self.shared.model.together or hub.together(self.model)
+            size = size or self.at_once()
         yield from self.run.batches(questions, lambda q: q.key, size or 1)
+
+    def at_once(self):
+        """How many questions go through the layers together; loads the model."""
+        return self.shared.model.together or hub.together(self.model)
 
     def measured(self, measure, s):
         """Yield each question that has no rows yet, and a function that returns what measure(study, question, s) does,
         or raises its error. Where layers are not in memory, several questions are measured together before."""
         for batch in self.batches():
-            if len(batch) == 1:
-                yield batch[0], partial(measure, self, batch[0], s)
-            else:
-                yield from zip(batch, offload.together(self.model, partial(measure, self, s=s), batch), strict=True)
+            yield from zip(batch, offload.together(self.model, partial(measure, self, s=s), batch), strict=True)
+
+    def together(self, do, items):
+        """The same for any items: yield each, and a function that returns what do(item) does, or raises its error."""
+        items = iter(items)
+        while batch := list(islice(items, 1)):                      # the first one loads the model, if there is any
+            batch += islice(items, self.at_once() - 1)
+            yield from zip(batch, offload.together(self.model, do, batch), strict=True)
 
     @contextmanager
     def skipping_bad(self, question=None):

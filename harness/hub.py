@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import llava_min
+import llava_onevision
 from harness.errors import one_line_errors
 from llava_min import Files, find_files, pick, read_json, tower_kind
 from offload import Layers, Tensors
@@ -29,7 +30,9 @@ from vicuna import fail
 MODELS = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
           "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
           "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
-          "llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf", "vicuna-1.5-13b": "lmsys/vicuna-13b-v1.5"}
+          "llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf",
+          "llava-onevision-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+          "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf", "vicuna-1.5-13b": "lmsys/vicuna-13b-v1.5"}
 BUNDLED = {name: Path(__file__).resolve().parents[1] / "tiny" / name for name in ("llava-tiny", "llava-tiny-anyres")}
 
 
@@ -133,6 +136,16 @@ def fetch(name, repo, kind, revision):
 
 # ---------------------------------------------------------------------------------------------------- loading
 
+def family(files):
+    """The module whose LLaVA a checkpoint is: llava_min or llava_onevision."""
+    return llava_onevision if llava_onevision.reads(read_json(files.config)) else llava_min
+
+
+def read_config(files, preprocess="llava"):
+    """Files -> the Config of their family."""
+    return family(files).read_config(files, preprocess)
+
+
 def load(name, *, dtype="auto", device="auto", revision=None, vision_tower=None, preprocess="llava", offload="off"):
     """A registered name, a hub id or a folder (or a Checkpoint) -> llava_min.LLaVA. dtype, device, offload: as the
     flags."""
@@ -141,8 +154,8 @@ def load(name, *, dtype="auto", device="auto", revision=None, vision_tower=None,
     dtype = pick_dtype(dtype, device, files)
     where = pick_offload(offload, files, dtype, device)
     if where == "off":
-        return llava_min.load(files, dtype, device, preprocess=preprocess)
-    return load_layers(files, dtype, device, memory=where == "cpu", preprocess=preprocess)
+        return family(files).load(files, dtype, device, preprocess=preprocess)
+    return load_layers(files, dtype, device, where == "cpu", preprocess, family(files))
 
 
 def pick_device(name):
@@ -202,7 +215,7 @@ def together(model):
     d, c = model.decoder, model.config
     if not isinstance(d.layers, Layers):
         return 1
-    tokens = 2400 if c.aspect == "anyres" else 700
+    tokens = 700 if c.aspect == "pad" else 7500 if c.geometry.most else 2400
     kept = 3 * c.text.layers if model.keep is list else 1           # streams and caches, unless they are on a Shelf
     branches = 6 * 30 * c.text.layers                               # tokens of six edges at every layer
     one = d.norm.weight.itemsize * c.text.width * (tokens * (3 + kept) + branches)

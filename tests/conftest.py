@@ -40,10 +40,12 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 def checkpoint(tmp_path_factory):
     """checkpoint(kind, layout="original", pack="one") -> its folder, written on first use. Shared: read only."""
     import world
+    import world_onevision
 
     @functools.cache
     def folder(kind, layout="original", pack="one"):
-        return world.write(tmp_path_factory.mktemp(f"{kind}-{layout}-{pack}"), kind, layout, pack)
+        write = world_onevision.write if kind in world_onevision.KINDS else world.write
+        return write(tmp_path_factory.mktemp(f"{kind}-{layout}-{pack}"), kind, layout, pack)
     return folder
 
 
@@ -51,10 +53,11 @@ def checkpoint(tmp_path_factory):
 def model(checkpoint):
     """model(kind) -> a float32 LLaVA on the CPU, loaded on first use. Shared: a test puts back what it changes."""
     import llava_min
+    import llava_onevision
 
     @functools.cache
     def loaded(kind):
-        return llava_min.load(checkpoint(kind))
+        return (llava_onevision if "onevision" in kind else llava_min).load(checkpoint(kind))
     return loaded
 
 

@@ -11,18 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import world
+import world_onevision
 
 import clip_vit
 import lens
 import llava_min
 import prune
+import qwen2
+import siglip_vit
 from fork import causal, clean_pass, to_mask, unembed
 from knockout import curve, cut, edge_mask, forward, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-DECODERS = {file.__name__: file for file in llava_min.DECODERS}
-TOWERS = {"clip_vit": clip_vit}
-MODELS = list(world.KINDS)                         # whole models; world.py writes a tiny checkpoint of each
+DECODERS = {file.__name__: file for file in (*llava_min.DECODERS, qwen2)}
+TOWERS = {file.__name__: file for file in (clip_vit, siglip_vit)}
+MODELS = [*world.KINDS, *world_onevision.KINDS]    # whole models; these write a tiny checkpoint of each
 T = 11                                             # tokens of the prompts below
 every_decoder = pytest.mark.parametrize("file", DECODERS.values(), ids=DECODERS)
 
@@ -40,7 +43,8 @@ def small(file):
     """A small random decoder of a file, in float64, with as many key heads as the file wants."""
     sizes = {"vocab_size": 60, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
              "intermediate_size": 80, "rms_norm_eps": 1e-5, "max_position_embeddings": 64}
-    raw = next(r for r in ({**sizes, "num_key_value_heads": k} for k in (4, 2)) if file.reads(r))
+    kinds = {"num_key_value_heads": 4}, {"num_key_value_heads": 2}, {"num_key_value_heads": 2, "model_type": "qwen2"}
+    raw = next(sizes | kind for kind in kinds if file.reads(kind | {"num_attention_heads": 4}))
     return filled(file.Decoder(file.Config.from_json(raw)))
 
 
@@ -63,7 +67,7 @@ def test_a_decoder_file_has_config_tokenizer_template_and_tokens(file):
     assert all(map(callable, (file.Config.from_json, file.load_tokenizer, file.reads, file.rename)))
 
 
-@every_decoder
+@pytest.mark.parametrize("file", llava_min.DECODERS, ids=lambda file: file.__name__)
 def test_a_config_json_belongs_to_one_file_alone(file):
     raw = {"num_attention_heads": 4, "num_key_value_heads": small(file).config.kv_heads}
     assert [f for f in DECODERS.values() if f.reads(raw)] == [file]

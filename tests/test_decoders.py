@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import llama3
+import qwen2
 import vicuna
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,9 @@ SMALL = {"vocab": 50, "width": 64, "layers": 3, "heads": 4, "hidden": 96}
 FILES = {"vicuna": (vicuna, vicuna.Config(**SMALL, kv_heads=4)),
          "llama3": (llama3, llama3.Config(**SMALL, kv_heads=2))}
 both = pytest.mark.parametrize("file, c", FILES.values(), ids=FILES)
+THREE = FILES | {"qwen2": (qwen2, qwen2.Config(**SMALL, kv_heads=2)),
+                 "qwen2 tied": (qwen2, qwen2.Config(**SMALL, kv_heads=2, tied=True))}
+three = pytest.mark.parametrize("file, c", THREE.values(), ids=THREE)
 KERNELS = {"attend": vicuna.attend, "attend_fast": vicuna.attend_fast}
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 
@@ -297,22 +301,25 @@ def test_sizes_that_no_model_can_have_are_refused(file, c, sizes):
 # ---------------------------------------------------------------------------------------------------- transformers
 
 def twin(file, c, dtype):
-    """transformers' LlamaForCausalLM with the same weights as `filled`, eager attention, its angles in float32."""
+    """transformers' model with the same weights as `filled`, eager attention, its angles in float32."""
     hf = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
-    config = hf.LlamaConfig(
-        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+    kind, more = ("Qwen2", {"tie_word_embeddings": c.tied}) if file is qwen2 else ("Llama", {})
+    config = getattr(hf, f"{kind}Config")(
+        **more, vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base,
         max_position_embeddings=c.positions, attn_implementation="eager")
-    theirs, ours = hf.LlamaForCausalLM(config).eval().requires_grad_(False), filled(file.Decoder(c))
+    theirs, ours = getattr(hf, f"{kind}ForCausalLM")(config).eval().requires_grad_(False), filled(file.Decoder(c))
     state, names = ours.state_dict(), {name: file.rename(name) for name in theirs.state_dict()}
+    if getattr(c, "tied", False):                                   # theirs names one matrix twice
+        del names["lm_head.weight"]
     assert sorted(names.values()) == sorted(state)                  # each of their names is one of ours, and its own
-    theirs.load_state_dict({name: state[mine] for name, mine in names.items()})
+    theirs.load_state_dict({name: state[mine] for name, mine in names.items()}, strict=not getattr(c, "tied", False))
     angles = theirs.model.rotary_emb.inv_freq.clone()
     theirs.to(dtype).model.rotary_emb.inv_freq = angles             # .to() rounds this buffer
     return theirs, ours.to(dtype)
 
 
-@both
+@three
 @every_dtype
 def test_every_hidden_state_is_transformers_own_bit_for_bit_with_attention_as_written(file, c, dtype, monkeypatch):
     monkeypatch.setattr(file.Block, "kernel", staticmethod(file.attend))
@@ -327,7 +334,7 @@ def test_every_hidden_state_is_transformers_own_bit_for_bit_with_attention_as_wr
     assert torch.equal(model.lm_head(model.norm(x)), reference.logits)
 
 
-@both
+@three
 @every_dtype
 def test_the_fused_kernel_gives_transformers_logits_within_rounding(file, c, dtype):
     theirs, model = twin(file, c, dtype)
@@ -338,7 +345,7 @@ def test_the_fused_kernel_gives_transformers_logits_within_rounding(file, c, dty
     assert (ours - reference).abs().max() <= bound * reference.abs().max()
 
 
-@both
+@three
 @every_dtype
 def test_one_norm_one_rotation_one_mlp_and_one_layer_alone_are_transformers_own(file, c, dtype, monkeypatch):
     monkeypatch.setattr(file.Block, "kernel", staticmethod(file.attend))
@@ -366,15 +373,28 @@ def definitions(file):
 
 
 @pytest.mark.parametrize("name", [
-    "check_sizes", "RMSNorm", "rope_table", "rotate", "causal", "to_mask", "attention_weights", "attend", "attend_fast",
-    "Block.attend", "Block.output", "Block.mlp", "Block.forward", "Decoder", "rename", "load", "main"])
+    "check_sizes", "RMSNorm", "rope_table", "rotate", "causal", "additive", "to_mask", "attention_weights", "attend",
+    "attend_fast", "Block.attend", "Block.output", "Block.mlp", "Block.forward", "Decoder", "rename", "load", "main"])
 def test_what_both_decoders_define_is_one_text(name):
     assert definitions("vicuna.py")[name] == definitions("llama3.py")[name]
 
 
-@pytest.mark.parametrize("name", ["causal", "to_mask"])
+@pytest.mark.parametrize("name", ["causal", "additive", "to_mask"])
 def test_a_mask_is_made_in_one_way_in_decoders_and_in_fork(name):
     assert definitions("fork.py")[name] == definitions("vicuna.py")[name] == definitions("llama3.py")[name]
+
+
+@pytest.mark.parametrize("name", [
+    "RMSNorm", "rope_table", "rotate", "causal", "additive", "attention_weights", "attend", "attend_fast",
+    "repeat_heads", "Block.qkv", "Block.weights", "Block.attend", "Block.each_head", "Block.output", "Block.mlp",
+    "Block.forward", "Decoder.forward", "load_into", "fail"])
+def test_what_qwen2_did_not_change_is_llama3s_text(name):
+    assert definitions("qwen2.py")[name] == definitions("llama3.py")[name]
+
+
+@pytest.mark.parametrize("name", ["stored", "read", "load_into", "fail"])
+def test_the_two_towers_read_files_in_one_way(name):
+    assert definitions("siglip_vit.py")[name] == definitions("clip_vit.py")[name]
 
 
 @pytest.mark.parametrize("name", ["stored", "read", "load_into", "fail"])
@@ -383,6 +403,8 @@ def test_what_all_three_leaves_define_is_one_text(name):
 
 
 COPY_SETS = {"vicuna.py": [], "llama3.py": [], "clip_vit.py": [], "views.py": [], "fork.py": [],
+             "siglip_vit.py": [], "qwen2.py": [], "llava_onevision.py": [
+                 "views.py", "clip_vit.py", "vicuna.py", "llama3.py", "llava_min.py", "siglip_vit.py", "qwen2.py"],
              "llava_min.py": ["views.py", "clip_vit.py", "vicuna.py", "llama3.py"], "groups.py": ["views.py"],
              "knockout.py": ["fork.py"], "lens.py": ["fork.py", "knockout.py"], "prune.py": ["fork.py", "knockout.py"],
              "eval_gqa.py": []}

@@ -20,10 +20,14 @@ OURS = {Path(name).stem for name in FILES if "/" not in name} | {"harness", "tin
 # What a file may import of ours when it is imported itself. The command lines of instruments import harness/ in `main`
 # and `run`, so that their functions can be copied without it.
 ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py": set(), "fork.py": set(),
-         "llava_min.py": {"vicuna", "llama3", "clip_vit", "views"}, "groups.py": {"views"}, "knockout.py": {"fork"},
+         "siglip_vit.py": set(), "qwen2.py": set(),
+         "llava_min.py": {"vicuna", "llama3", "clip_vit", "views"},
+         "llava_onevision.py": {"llava_min", "qwen2", "siglip_vit", "vicuna", "views"},
+         "groups.py": {"views"}, "knockout.py": {"fork"},
          "lens.py": {"fork", "knockout"}, "prune.py": {"fork", "knockout"}, "eval_gqa.py": {"llava_min"},
          "harness/runs.py": set(), "harness/plots.py": set(), "harness/errors.py": set(),
-         "offload.py": {"llava_min", "vicuna"}, "harness/hub.py": {"llava_min", "vicuna", "offload", "harness.errors"},
+         "offload.py": {"llava_min", "vicuna"},
+         "harness/hub.py": {"llava_min", "llava_onevision", "vicuna", "offload", "harness.errors"},
          "harness/flags.py": {"groups", "harness.hub", "harness.questions"},
          "harness/questions.py": {"llava_min", "groups", "views"},
          "harness/experiment.py": {"llava_min", "groups", "fork", "offload", "views", "harness.hub",
@@ -111,7 +115,8 @@ def test_from_main_to_equation_7_it_is_five_calls_at_most(call, data, checkpoint
 
 
 def test_the_masks_have_one_home_outside_the_files_that_are_copied_alone():
-    assert knockout.to_mask is fork.to_mask and knockout.causal is fork.causal
+    assert all(getattr(knockout, name) is getattr(fork, name) for name in ("to_mask", "additive", "causal"))
     for name, file in FILES.items():
-        if name not in ("vicuna.py", "llama3.py", "fork.py"):
-            assert not re.search(r"^def (causal|to_mask)\b", file.read_text(encoding="utf-8"), re.MULTILINE), name
+        if name not in ("vicuna.py", "llama3.py", "qwen2.py", "fork.py"):
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r"^def (causal|additive|to_mask)\b", text, re.MULTILINE), name

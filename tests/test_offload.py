@@ -15,6 +15,7 @@ from commands import read, refused
 import knockout
 import lens
 import llava_min
+import llava_onevision
 import offload
 import prune
 from fork import clean_pass
@@ -25,7 +26,7 @@ from offload import Layers, Shelf, Tensors, together
 
 pytestmark = pytest.mark.slow
 KINDS = [("llava-1.5", "original", "one"), ("llava-1.5", "hf", "sharded"), ("llava-1.6", "original", "one"),
-         ("llama3-next", "hf", "one")]
+         ("llama3-next", "hf", "one"), ("onevision", "hf", "one"), ("onevision-tied", "original", "one")]
 DTYPES = [torch.float32, torch.bfloat16]
 CASES = [(kind, memory, dtype) for kind in KINDS for memory in (False, True) for dtype in DTYPES]
 CASES += [(("vicuna", "original", "bin"), False, torch.float32)]    # a pickle is slow to read
@@ -57,7 +58,9 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind, memory, dtype", CASES)
 def test_every_number_is_that_of_the_model_in_memory_alone_and_together(checkpoint, kind, memory, dtype):
-    whole, away = llava_min.load(checkpoint(*kind), dtype), offload.load(checkpoint(*kind), dtype, memory=memory)
+    family = llava_onevision if "onevision" in kind[0] else llava_min
+    whole = family.load(checkpoint(*kind), dtype)
+    away = offload.load(checkpoint(*kind), dtype, memory=memory, family=family)
     assert isinstance(away.decoder.layers, Layers) and len(away.decoder.layers) == len(whole.decoder.layers)
     with torch.inference_mode():
         expected = [everything(whole, i) for i in range(3)]

@@ -17,13 +17,15 @@ import clip_vit
 import llava_min
 import vicuna
 from groups import token_groups
-from views import Geometry, affine, best_canvas, patch_boxes, patch_slots, patches_in_boxes, views
+from views import Geometry, affine, best_canvas, patch_boxes, patch_slots, patches_in_boxes, tile_map, views
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 PAD = Geometry(336, 14)
 ANYRES = Geometry(336, 14, "anyres", PINPOINTS)
+# As OneVision's, but smaller, so that the map of tiles is scaled down for most photos; 6 px of a view are in no patch.
+LESS = Geometry(62, 14, "anyres", tuple((62 * i, 62 * j) for i in range(1, 7) for j in range(1, 7)), most=9)
 EVERY = {"pad": PAD, "anyres": ANYRES, "pad hf": replace(PAD, preprocess="hf"),
-         "anyres hf": replace(ANYRES, preprocess="hf")}
+         "anyres hf": replace(ANYRES, preprocess="hf"), "scaled down": LESS}
 every_geometry = pytest.mark.parametrize("g", EVERY.values(), ids=EVERY)
 
 
@@ -122,18 +124,21 @@ def test_patch_boxes_tile_what_the_model_sees_of_the_photo_once(g):
         w, h = size
         base = area[seen & (slots[:, 0] == 0)].sum().item()
         centre = g.preprocess == "hf" and g.aspect == "pad"         # transformers cuts the centre out
-        assert base == pytest.approx(min(w, h) ** 2 if centre else w * h, rel=0.03 if centre else 1e-3)
+        read = (g.side * g.patch / g.image) ** 2                    # the part of a view that patches cover
+        assert base == pytest.approx(min(w, h) ** 2 if centre else w * h * read, rel=0.03 if centre else 1e-3)
         if g.aspect == "anyres":                                    # unpadding truncates: up to one strip is lost
             sx, sy, _, _ = affine(size, g)[1]
-            strip = 14 * max(w * sy, h * sx)
-            assert w * h - 1.001 * strip - 1 <= area[seen & (slots[:, 0] > 0)].sum().item() <= w * h * 1.001
+            strip = (g.image / g.side + (g.most is not None)) * max(w * sy, h * sx)
+            tiled = area[seen & (slots[:, 0] > 0)].sum().item()
+            least = 1 if read == 1 else 0.95 * read                 # a map that ends inside a view covers less of it
+            assert least * (w * h - 1.001 * strip - 1) <= tiled <= w * h * 1.001
         assert (slots[:, 0] < 0).sum() == boxes.isnan().all(1)[slots[:, 0] < 0].sum()
 
 
 @every_geometry
 def test_a_patch_sees_the_photo_where_its_box_says(g):
     """Paint one patch's box white on a black photo: of all squares of its view, its own becomes the brightest."""
-    size, I, step = (500, 340), g.image, g.patch
+    size, step = (500, 340), g.patch
     slots, boxes = patch_slots(size, g), patch_boxes(size, g)
     for i in torch.linspace(0, len(slots) - 1, 40).long().tolist():
         if boxes[i].isnan().any():
@@ -143,8 +148,41 @@ def test_a_patch_sees_the_photo_where_its_box_says(g):
         photo[round(y0):math.ceil(y1), round(x0):math.ceil(x1)] = 255
         view, row, col = slots[i].tolist()
         seen = np.asarray(views(Image.fromarray(photo), g, fill=0)[view]).astype(float)
-        squares = seen.reshape(I // step, step, I // step, step).mean((1, 3))
-        assert np.unravel_index(squares.argmax(), squares.shape) == (row, col)
+        p = g.side
+        squares = seen[:p * step, :p * step].reshape(p, step, p, step).mean((1, 3))
+        if view and g.most:                                         # the part of several patches: they are brightest
+            assert squares[row, col] > 0.5 * squares.max()
+        else:
+            assert np.unravel_index(squares.argmax(), squares.shape) == (row, col)
+
+
+def test_a_map_of_tiles_is_scaled_down_as_the_original_does_it():
+    """Token i of an axis reads its source, max((i + 0.5) kept / out - 0.5, 0): the middle of its part, in patches."""
+    reduced = 0
+    for size in sizes(300, seed=5):
+        for axis in tile_map(size, LESS):
+            for i in range(axis.out):
+                source = max((i + 0.5) * axis.kept / axis.out - 0.5, 0)
+                assert abs(axis.start + source - axis.nearest(i)) <= 0.5 + 1e-9
+            assert axis.out == axis.kept or axis.kept > 1.1 * axis.out
+            reduced += axis.out < axis.kept
+        rows, cols = tile_map(size, LESS)
+        assert rows.out * cols.out <= 1.21 * 9 * 16 and rows.start >= 0 and rows.start + rows.kept <= 24
+    assert reduced > 200
+
+
+def test_a_box_around_one_scaled_down_token_holds_it_and_no_far_one():
+    size = (900, 700)
+    rows, cols = tile_map(size, LESS)
+    boxes, slots = patch_boxes(size, LESS), patch_slots(size, LESS)
+    assert rows.out < rows.kept and len(boxes) == 16 + rows.out * (cols.out + 1)
+    for y, x in ((0, 0), (3, 5), (rows.out - 1, cols.out - 1)):
+        i = 16 + y * (cols.out + 1) + x
+        x0, y0, x1, y1 = boxes[i].tolist()
+        found = patches_in_boxes(size, [(x0, y0, x1 - x0, y1 - y0)], LESS)
+        assert found[i] and slots[i, 0] > 0
+        near = {16 + b * (cols.out + 1) + a for b in range(y - 1, y + 2) for a in range(x - 1, x + 2)}
+        assert {j for j in found.nonzero().flatten().tolist() if j >= 16} <= near
 
 
 def test_a_wide_photo_is_padded_to_a_square_and_a_white_one_has_grey_borders():
