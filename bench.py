@@ -7,7 +7,7 @@ Run     python bench.py forward                  one clean forward pass at 7B wi
         python bench.py load                     loading a sharded checkpoint: seconds and peak memory
         python bench.py tree                     how many tokens of branches should go through a layer at once
         python bench.py prune --layers 8         prefill without the image in the upper layers: time and FLOPs saved
-        python bench.py noise                    what bfloat16 and float16 do to the curves of the bundled model
+        python bench.py noise --model DIR        what bfloat16 and float16 do to a model's curves (llava-tiny)
         python bench.py sweep --model llava-1.5-7b --layers 8          knockout of figures 3-5, all layers of six edges:
                                                  in one pass, the plain way, and the paper's way in transformers
 
@@ -42,12 +42,13 @@ import fork
 import knockout
 import lens
 import prune
+import siglip_vit
 import vicuna
 from harness import hub, questions
 from harness.errors import one_line_errors
 from harness.flags import Parser
 from harness.runs import machine, versions
-from harness.shapes import SHAPES, Question, build, fill, write_checkpoint
+from harness.shapes import SHAPES, Question, build, facts, fill, write_checkpoint
 
 
 def theirs_on_meta(c):
@@ -173,12 +174,13 @@ def load(args):
 def encoders(name, width, dtype, device, with_theirs):
     """[ours, theirs]: functions that take a photo's views through tower and projector. Ours runs the tower in float32,
     as llava_min does, theirs in `dtype`, as the paper's code."""
-    c = clip_vit.Config()
+    file, layer = (siglip_vit, -1) if "onevision" in name else (clip_vit, -2)
+    c = file.Config()
     pixels = torch.randn(SHAPES[name][2], 3, c.image, c.image, generator=torch.Generator().manual_seed(2)).to(device)
     layers = torch.nn.Linear(c.width, width), torch.nn.GELU(), torch.nn.Linear(width, width)
     projector = fill(torch.nn.Sequential(*layers)).to(device, dtype)
-    tower = fill(clip_vit.Tower(c)).to(device).eval()
-    ways = [lambda: projector(tower.features(pixels, -2).to(dtype))]
+    tower = fill(file.Tower(c)).to(device).eval()
+    ways = [lambda: projector(tower.features(pixels, layer).to(dtype))]
     if with_theirs:
         from transformers import CLIPVisionConfig, CLIPVisionModel
         other = CLIPVisionModel(CLIPVisionConfig(
@@ -205,9 +207,9 @@ def papers_forward(theirs, encode, x, clean, blocked, layers):
 def sweep(args):
     """Knockout of figures 3-5 for one question, six edges, every layer: one pass, the plain way, the paper's way."""
     dtype, k = getattr(torch, args.dtype), 9
-    baseline = bool(find_spec("transformers"))
+    baseline = bool(find_spec("transformers")) and "onevision" not in args.model
     if not baseline:
-        print("the paper's way is left out: pip install transformers")
+        print("the paper's way is left out: it needs transformers, and has no OneVision")
     decoder = build(args.model, args.layers, dtype, args.device)
     q, L, c = Question(args.model, decoder, args.after), len(decoder.layers), decoder.config
     encode = encoders(args.model, c.width, dtype, args.device, baseline)
@@ -328,51 +330,69 @@ def drop(args):
     table(rows, args.out / f"prune_{args.model}_{L}_{args.dtype}_{args.device}.csv")
 
 
+def bundled(model):
+    """-> for 20 bundled questions of each task (task, embeddings, positions, the cuts of figures 3-5)."""
+    asked = []
+    for q in questions.read_any(questions.BUNDLED, questions.BUNDLED.parent / "images", None, 20):
+        p = q.prompt(model)
+        groups = q.groups(p)
+        asked.append((q.task, model.embed(p), p.positions,
+                      [[groups.positions(g) for g in edge.split("->")] for edge in knockout.EDGES]))
+    return asked
+
+
 @torch.inference_mode()
 def noise(args):
-    """Knockout of figures 3-5 on the bundled model, 20 questions a task, in each dtype against float32."""
-    asked = questions.read_any(questions.BUNDLED, questions.BUNDLED.parent / "images", None, 20)
+    """Knockout in each dtype against float32: of figures 3-5 on the bundled questions; of facts, if the model is
+    text-only."""
+    checkpoint, k = hub.resolve(args.model), Parser.window(args.model)
+    config, folder = hub.read_config(checkpoint.files), checkpoint.files.config.parent
     curves, tokens = {}, []
     for dtype in ("float32", "bfloat16", "float16"):
-        model, changes = hub.load("llava-tiny", dtype=dtype, device=args.device), []
-        for i, q in enumerate(asked):
-            p = q.prompt(model)
-            groups, clean = q.groups(p), fork.clean_pass(model.decoder, model.embed(p), p.positions)
-            logits = fork.unembed(model.decoder, clean.stream[-1][0, -1])
+        if config.vision:
+            model, changes = hub.load(checkpoint, dtype=dtype, device=args.device), []
+            decoder, asked = model.decoder, bundled(model)
+        else:
+            file, changes = config.decoder_file, []
+            decoder = file.load(folder, getattr(torch, dtype), args.device)
+            asked = facts(decoder, file.load_tokenizer(folder))
+        for i, (_, x, positions, cuts) in enumerate(asked):
+            clean = fork.clean_pass(decoder, x, positions)
+            logits = fork.unembed(decoder, clean.stream[-1][0, -1])
             tokens += [logits.argmax().item()] if dtype == "float32" else []
-            cuts = [[groups.positions(g) for g in edge.split("->")] for edge in knockout.EDGES]
             base = fork.probability(logits, tokens[i])
             changes.append([[knockout.percent(base, v) for v in values]
-                          for values in knockout.sweep(model.decoder, clean, cuts, tokens[i], 3)])
-        curves[dtype] = torch.tensor(changes, dtype=torch.float64)    # (questions, edges, L)
-    tasks = [[i for i, q in enumerate(asked) if q.task == task] for task in questions.SIX]
-    print(f"llava-tiny, {len(asked)} questions, {len(knockout.EDGES)} edges, window 3, on {args.device}: "
-          "change_percent against float32's, in percentage points")
-    rows = [["dtype", "a point, median", "95 %", "most", "a task's mean curve, most"]]
+                            for values in knockout.sweep(decoder, clean, cuts, tokens[i], k)])
+        curves[dtype] = torch.tensor(changes, dtype=torch.float64)  # (questions, edges, L)
+    tasks = [[i for i, (task, *_) in enumerate(asked) if task == name] for name in sorted({a[0] for a in asked})]
+    print(f"{args.model}, {len(asked)} {'questions' if config.vision else 'facts'}, {len(asked[0][3])} edges, window "
+          f"{k}, on {args.device}: change_percent against float32's, in percentage points")
+    rows = [["dtype", "a point: median", "mean", "95 %", "most", "a mean curve: most"]]
     for dtype in ("bfloat16", "float16"):
         off = (curves[dtype] - curves["float32"]).abs()
         mean = max((curves[dtype][task].mean(0) - curves["float32"][task].mean(0)).abs().max() for task in tasks)
-        values = (off.median(), off.quantile(0.95), off.max(), mean)
+        values = (off.median(), off.mean(), off.quantile(0.95), off.max(), mean)
         rows.append([dtype, *(f"{v.item():.2g}" for v in values)])
-    table(rows, args.out / f"noise_{args.device}.csv")
+    table(rows, args.out / f"noise_{Path(args.model).name}_{args.device}.csv")
 
 
 def offload(args):
-    """knockout.py on a random checkpoint in bfloat16, computing in float32: layers on disk, several questions together,
-    against the model in memory where that fits. Seconds include loading; peak memory is the process's."""
+    """knockout.py on a random checkpoint in bfloat16: layers on disk, several questions together, against the model in
+    memory where that fits. Seconds include loading; peak memory is the process's."""
     n, rows, found, texts = args.together, [["layers", "seconds a question", "peak memory, GB"]], {}, set()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, args.model, args.layers)
         files = hub.resolve(folder).files
         sides = {f"on disk, {n} together": ("disk", "--together", n)}
-        if hub.pick_offload("auto", files, torch.float32, "cpu") == "off":
-            sides |= {"on disk, one by one": ("disk", "--together", 1), "in memory": ("off",)}
+        if hub.pick_offload("auto", files, getattr(torch, args.dtype), "cpu") == "off":
+            sides |= {"in memory": ("off",), "on disk, one by one": ("disk", "--together", 1)}
         gigabytes = sum(os.path.getsize(file) for file in files.weights) / 1e9
         for turn in range(args.repeats):
             for name, how in sides.items():
                 out = Path(folder, f"{len(how)}-{how[-1]}-{turn}")
                 command = [sys.executable, Path(__file__).with_name("knockout.py"), "--model", folder, "--all",
-                           "--limit", n, "--tasks", "ChooseAttr", "--window", 9, "--offload", *how, "--out", out]
+                           "--limit", n, "--tasks", "ChooseAttr", "--window", 9, "--dtype", args.dtype, "--out", out,
+                           "--offload", *how]
                 start = time.perf_counter()
                 child = os.spawnv(os.P_NOWAIT, sys.executable, list(map(str, command)))
                 _, status, usage = os.wait4(child, 0)
@@ -385,9 +405,9 @@ def offload(args):
         raise ValueError("the sides' CSVs differ")
     rows += [[name, *(f"{statistics.median(v):.2f}" for v in zip(*values, strict=True))]
              for name, values in found.items()]
-    print(f"{args.model}, {args.layers or 'all'} layers, {gigabytes:.1f} GB in bfloat16, used in float32, six edges, "
-          f"{n} questions; every CSV is the same, to the byte")
-    table(rows, args.out / f"offload_{args.model}_{args.layers or 'all'}.csv")
+    print(f"{args.model}, {args.layers or 'all'} layers, {gigabytes:.1f} GB in bfloat16, used in {args.dtype}, six "
+          f"edges, {n} questions; every CSV is the same, to the byte")
+    table(rows, args.out / f"offload_{args.model}_{args.layers or 'all'}_{args.dtype}.csv")
 
 
 def table(rows, file):
@@ -434,7 +454,8 @@ def main(argv=None):
 def parse(parser, argv=None):
     """The command line -> args."""
     parser.add_argument("what", choices=("forward", "load", "tree", "prune", "noise", "sweep", "offload"))
-    parser.add_argument("--model", choices=SHAPES, default="llava-1.5-7b", help="whose widths (llava-1.5-7b)")
+    parser.add_argument("--model", metavar="NAME", help=f"whose widths: {', '.join(SHAPES)} (the first); "
+                        "noise: any model, as knockout.py takes it (llava-tiny)")
     parser.add_argument("--random", action="store_true", help="changes nothing: weights are always random, but noise's")
     parser.add_argument("--layers", type=parser.count, metavar="L", help="decoder layers (3; sweep: all)")
     parser.add_argument("--sample", type=parser.count, default=24, metavar="N",
@@ -447,8 +468,13 @@ def parse(parser, argv=None):
     parser.add_argument("--together", type=parser.count, default=8, metavar="N", help="offload: questions (8)")
     parser.add_argument("--repeats", type=parser.count, default=7, metavar="N", help="turns (7)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="of the arithmetic (bfloat16; offload: float32)")
     args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("float32" if args.what == "offload" else "bfloat16")
+    args.model = args.model or ("llava-tiny" if args.what == "noise" else "llava-1.5-7b")
+    if args.what != "noise" and args.model not in SHAPES:
+        parser.error(f"argument --model: {args.model} is none of {', '.join(SHAPES)}")
     if args.what in ("forward", "load") and not args.layers:
         args.layers = 3
     if args.after < 13:

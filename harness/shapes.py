@@ -1,5 +1,6 @@
 """
-harness/shapes.py - models of the published widths with random weights, and a question of the paper's median length.
+harness/shapes.py - what bench.py measures: models of the published widths with random weights, prompts for them, and
+facts for real ones.
 
 Use     decoder = build("llava-1.5-7b", 4, torch.bfloat16, "cpu")
         write_checkpoint(folder, "llava-1.5-7b", 32)       a whole LLaVA, as transformers lays it out
@@ -16,13 +17,16 @@ import clip_vit
 import fork
 import knockout
 import llama3
+import qwen2
 import vicuna
 from harness.hub import BUNDLED
 
 WIDE = {"width": 5120, "hidden": 13824, "heads": 40, "kv_heads": 40, "layers": 40}
 SHAPES = {"llava-1.5-7b": (vicuna, {}, 1), "llava-1.5-13b": (vicuna, WIDE, 1),  # decoder, its sizes, views of a photo
           "llava-v1.6-vicuna-7b": (vicuna, {}, 5), "llava-v1.6-vicuna-13b": (vicuna, WIDE, 5),
-          "llama3-llava-next-8b": (llama3, {}, 5)}
+          "llama3-llava-next-8b": (llama3, {}, 5),
+          "llava-onevision-0.5b": (qwen2, {"vocab": 151646, "width": 896, "hidden": 4864, "layers": 24, "heads": 14,
+                                           "kv_heads": 2, "tied": True}, 3)}
 
 
 def build(name, layers, dtype, device):
@@ -50,7 +54,7 @@ class Question:
     most (72 of them, with the published tokenizers). T: tokens."""
 
     def __init__(self, name, decoder, after=29):
-        start, images = 37, 576 if SHAPES[name][2] == 1 else 2200
+        start, images = 37, {1: 576, 3: 1728, 5: 2200}[SHAPES[name][2]]     # by the number of views
         end = start + images
         self.T = end + after
         image, question, last = list(range(start, end)), list(range(end, end + 12)), [self.T - 1]
@@ -63,6 +67,27 @@ class Question:
 
     def clean(self, decoder):
         return fork.clean_pass(decoder, self.x, self.positions)
+
+
+# The beginnings of sentences that a language model ends with a fact: subject, and the rest.
+COUNTRY, SPEAKS = " is a country whose capital is the city of", " is a country where most people speak"
+TOWER, BORN = " is a landmark in the city of", " was a scientist who was born in the country of"
+FACTS = [("France", COUNTRY), ("Japan", COUNTRY), ("Egypt", COUNTRY), ("Italy", SPEAKS), ("Brazil", SPEAKS),
+         ("Germany", SPEAKS), ("The Eiffel Tower", TOWER), ("The Colosseum", TOWER), ("The Statue of Liberty", TOWER),
+         ("Albert Einstein", BORN), ("Marie Curie", BORN), ("Isaac Newton", BORN)]
+
+
+def facts(decoder, tokenizer):
+    """-> for each of FACTS ("facts", embeddings, positions, the cuts subject->last and subject->the words between)."""
+    asked, device = [], decoder.lm_head.weight.device
+    for subject, rest in FACTS:
+        encoded = tokenizer.encode(subject + rest)
+        T, offsets = len(encoded.ids), encoded.offsets
+        source = [i for i in range(T) if offsets[i][0] < len(subject) and offsets[i][1]]
+        positions = torch.arange(T, device=device)
+        asked.append(("facts", decoder.embed_tokens(torch.tensor([encoded.ids], device=device)), positions,
+                      [(source, [T - 1]), (source, list(range(source[-1] + 1, T - 1)))]))
+    return asked
 
 
 def write_checkpoint(folder, name, layers=None, dtype=torch.bfloat16):
