@@ -191,7 +191,7 @@ class Axis:
 
     @property
     def step(self):
-        return self.kept / max(self.out, 1)
+        return max(self.kept, 1) / max(self.out, 1)             # 1 where padding leaves nothing
 
     def nearest(self, i):
         """The patch in the middle of token i's part."""
