@@ -398,7 +398,7 @@ def offload(args):
                 _, status, usage = os.wait4(child, 0)
                 if status:
                     raise ValueError(f"{name}: knockout.py ended with {os.waitstatus_to_exitcode(status)}")
-                found.setdefault(name, []).append(((time.perf_counter() - start) / n, usage.ru_maxrss / 2 ** 20))
+                found.setdefault(name, []).append(((time.perf_counter() - start) / n, usage.ru_maxrss * 1024 / 1e9))
                 print(f"{name}: {found[name][-1]}", flush=True)
                 texts.add((out / "knockout.csv").read_bytes())
     if len(texts) > 1:
