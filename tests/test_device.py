@@ -21,7 +21,7 @@ import prune
 from groups import token_groups
 
 pytestmark = pytest.mark.slow
-KINDS = ["llava-1.5", "llava-1.6", "llama3-next", "vicuna", "onevision-tied"]
+KINDS = ["llava-1.5", "llama3-next", "vicuna", "onevision-tied"]
 
 
 class Watch(TorchDispatchMode):
