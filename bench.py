@@ -350,12 +350,12 @@ def noise(args):
     curves, tokens = {}, []
     for dtype in ("float32", "bfloat16", "float16"):
         if config.vision:
-            model, changes = hub.load(checkpoint, dtype=dtype, device=args.device), []
+            model = hub.load(checkpoint, dtype=dtype, device=args.device)
             decoder, asked = model.decoder, bundled(model)
         else:
-            file, changes = config.decoder_file, []
-            decoder = file.load(folder, getattr(torch, dtype), args.device)
-            asked = facts(decoder, file.load_tokenizer(folder))
+            decoder = config.decoder_file.load(folder, getattr(torch, dtype), args.device)
+            asked = facts(decoder, config.decoder_file.load_tokenizer(folder))
+        changes = []
         for i, (_, x, positions, cuts) in enumerate(asked):
             clean = fork.clean_pass(decoder, x, positions)
             logits = fork.unembed(decoder, clean.stream[-1][0, -1])

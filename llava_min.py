@@ -173,8 +173,8 @@ class LLaVA(nn.Module):
                                               nn.Linear(c.text.width, c.text.width))
         if c.aspect == "anyres":
             self.image_newline = nn.Parameter(torch.zeros(c.text.width))
-        # Set by `load`; stop: the ids that end an answer; special: texts that are read as control tokens.
-        self.tokenizer, self.stop, self.special, self.keep = None, set(), ("<image>",), list    # keep: see offload.py
+        # Set by `load`; stop: ids that end an answer; special: texts that are control tokens; the last two: offload.py.
+        self.tokenizer, self.stop, self.special, self.keep, self.waited = None, set(), ("<image>",), list, float
 
     @property
     def device(self):

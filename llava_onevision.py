@@ -35,8 +35,8 @@ import llava_min
 import qwen2
 import siglip_vit
 import vicuna
-from llava_min import check, read_json
-from views import Geometry, best_canvas, tile_map
+from llava_min import check
+from views import Geometry, tile_map
 
 
 def reads(raw):
@@ -123,13 +123,13 @@ class LLaVA(llava_min.LLaVA):
 
     def image_features(self, p):
         """Prompt -> its image tokens (n, C): the first view's patches, then the map of tiles, a newline to each row."""
-        g, n = p.geometry, p.geometry.side
-        rows, cols = tile_map(p.size, g)
+        (rows, cols), n = tile_map(p.size, p.geometry), p.geometry.side
         if (rows.out, cols.out) == (rows.kept, cols.kept):
             return super().image_features(p)
         features = self.mm_projector(self.patch_features(p).to(self.decoder.norm.weight.dtype))    # (N P, C)
-        base, C, wide = features[:n * n], features.shape[1], best_canvas(p.size, g)[0] // g.image
-        tiles = features[n * n:].view(-1, wide, n, n, C).transpose(1, 2).reshape(-1, wide * n, C)  # (high n, wide n, C)
+        base, C = features[:n * n], features.shape[1]
+        tiles = features[n * n:].view(rows.views, cols.views, n, n, C).transpose(1, 2)
+        tiles = tiles.reshape(rows.views * n, cols.views * n, C)
         kept = tiles[rows.start:rows.start + rows.kept, cols.start:cols.start + cols.kept]
         # No antialias and, after the projector, not before: both as in the original.
         less = F.interpolate(kept.permute(2, 0, 1)[None], (rows.out, cols.out), mode="bilinear")[0].permute(1, 2, 0)
@@ -150,7 +150,7 @@ def read_config(files, preprocess="llava"):
         raise ValueError(f"{files.config.parent} holds no vision tower: a LLaVA-OneVision has its own, a trained one")
     text = replace(c.text, tied=not any(
         name.endswith("lm_head.weight") for file in files.weights for name in vicuna.stored(file)))
-    if "text_config" not in read_json(files.config):
+    if files.tower:                                                 # the original layout alone names one
         words = qwen2.load_tokenizer(files.tokenizer.parent).get_vocab_size()
         if words > text.vocab:
             raise ValueError(f"{files.tokenizer} has {words} tokens, the model {text.vocab}: it is not its tokenizer")

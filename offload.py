@@ -91,10 +91,6 @@ class Tensors:
             return self.buffer[:size].view(dtype).view(shape)
         slot.copy_(self.read(name, kept))
 
-    def __iter__(self):
-        for name in self.places:
-            yield name, self.read(name)
-
     def bytes(self, itemsize=None):
         """Memory of all tensors, with numbers of `itemsize` bytes (the files' own)."""
         return sum(math.prod(shape) * (itemsize or DTYPES.get(dtype, torch.float16).itemsize)
@@ -289,7 +285,7 @@ def load(files, dtype=torch.float32, device="cpu", memory=False, preprocess="lla
         """The layers of a model on torch's meta device are exchanged for a Layers -> the names that it reads itself."""
         tensors, d = Tensors(files.weights), model.decoder
         wanted = [dict.fromkeys(name for name, _ in block.named_parameters()) for block in d.layers]
-        held = {}
+        held = set()
         for name, (_, dtype_name, shape, _) in tensors.places.items():
             parts = llava_min.rename(name, model.config.decoder_file).split(".", 3)
             if parts[:2] != ["decoder", "layers"] or not parts[2].isdecimal() or int(parts[2]) >= len(wanted) or (
@@ -304,7 +300,7 @@ def load(files, dtype=torch.float32, device="cpu", memory=False, preprocess="lla
             if dtype_name not in (None, *DTYPES):
                 raise ValueError(f"{name} is {dtype_name}: quantized weights are not implemented here")
             wanted[i][parameter] = name
-            held[name] = None
+            held.add(name)
         missing = [f"decoder.layers.{i}.{p}" for i, names in enumerate(wanted) for p, name in names.items() if not name]
         if missing:
             raise ValueError(f"checkpoint does not fit: {len(missing)} parameters missing {missing[:3]}")
@@ -313,8 +309,8 @@ def load(files, dtype=torch.float32, device="cpu", memory=False, preprocess="lla
         return held
     if hasattr(LIBC, "mallopt"):                                    # glibc: memory that one thread freed serves all
         LIBC.mallopt(M_ARENA_MAX, 1)
-    model = llava_min.load(files, dtype, device, preprocess=preprocess, take_layers=take_layers,
-                           family=family)
+    model = llava_min.load(files, dtype, device, preprocess=preprocess, take_layers=take_layers, family=family)
+    model.waited = model.decoder.layers.waited
     if not memory:
         d, model.keep = model.decoder, Shelf
         if d.lm_head.weight is not d.embed_tokens.weight:           # else it is needed as a whole, as the head

@@ -196,8 +196,7 @@ def clock(model):
     """Seconds that were spent computing, once the device has done what it was asked to."""
     if model.device.type != "cpu":
         getattr(torch, model.device.type).synchronize()
-    waited = getattr(model.decoder.layers, "waited", None)          # for layers that lie on disk, see offload.Layers
-    return time.perf_counter() - (waited() if waited else 0)
+    return time.perf_counter() - model.waited()                     # for layers that lie on disk
 
 
 def rows_of(model, question, prompt, timed, s):

@@ -172,9 +172,8 @@ def patch_slots(size, g):
     slots = [(0, row, col) for row in range(p) for col in range(p)]
     if g.aspect == "anyres":
         rows, cols = tile_map(size, g)
-        tiles = best_canvas(size, g)[0] // g.image                  # in a row
         for row in map(rows.nearest, range(rows.out)):
-            slots += [(1 + row // p * tiles + col // p, row % p, col % p)
+            slots += [(1 + row // p * cols.views + col // p, row % p, col % p)
                       for col in map(cols.nearest, range(cols.out))] + [(-1, -1, -1)]
     return torch.tensor(slots)
 
@@ -188,6 +187,7 @@ class Axis:
     start: int                                     # first patch that is kept, counted over all tiles
     kept: int                                      # patches that are kept
     out: int                                       # tokens
+    views: int                                     # tiles
 
     @property
     def step(self):
@@ -203,8 +203,8 @@ def tile_map(size, g):
 
     OneVision (g.most) scales a map of more than `most` views' patches down, to fit; llava_onevision.py does it.
     """
-    (w, h), (W, H), p = size, best_canvas(size, g), g.side
-    wide, high = W // g.image * p, H // g.image * p                 # in patches
+    (w, h), (across, down), p = size, (px // g.image for px in best_canvas(size, g)), g.side
+    wide, high = across * p, down * p                               # in patches
     rows, cols = [0, high], [0, wide]                               # first, and how many
     exact = (lambda x: round(x, 7)) if g.preprocess == "hf" else (lambda x: x)  # transformers rounds before int()
     if w / h > wide / high:                                         # padding above and below the photo
@@ -215,7 +215,7 @@ def tile_map(size, g):
         cols = [cut, wide - 2 * cut]
     times = math.sqrt(rows[1] * cols[1] / (g.most * p ** 2)) if g.most else 1
     times = times if times > 1.1 else 1                             # the original's threshold
-    return Axis(*rows, int(rows[1] // times)), Axis(*cols, int(cols[1] // times))
+    return Axis(*rows, int(rows[1] // times), down), Axis(*cols, int(cols[1] // times), across)
 
 
 def slot_rows(slots, side):
@@ -281,7 +281,7 @@ def patches_in_boxes(size, boxes, g):
     rows = slot_rows(patch_slots(size, g), p)
     related = inside[rows] & (rows >= 0)
     if g.most:
-        related[p ** 2:] = parts_with(full[1:], *tile_map(size, g), best_canvas(size, g)[0] // g.image, step)
+        related[p ** 2:] = parts_with(full[1:], *tile_map(size, g), step)
     return related
 
 
@@ -307,11 +307,11 @@ def parts_on_photo(rows, cols, way, g):
     return way[:2] * low + way[2:], way[:2] * high + way[2:]
 
 
-def parts_with(full, rows, cols, tiles, step):
+def parts_with(full, rows, cols, step):
     """Which tokens of a map of tiles have a pixel that is True in full (N, p step, p step) -> bool (n,), False for a
-    newline. tiles: in a row. A pixel belongs to the token whose part its middle lies in."""
-    N, side, _ = full.shape
-    whole = full.reshape(N // tiles, tiles, side, side).swapaxes(1, 2).reshape(N // tiles * side, tiles * side)
+    newline. A pixel belongs to the token whose part its middle lies in."""
+    side = full.shape[1]
+    whole = full.reshape(rows.views, cols.views, side, side).swapaxes(1, 2).reshape(rows.views * side, -1)
 
     def token_of(axis, length):                                     # of each pixel along an axis; out of range: padding
         return np.floor(((np.arange(length) + 0.5) / step - axis.start) / axis.step)

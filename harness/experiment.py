@@ -152,7 +152,8 @@ class Study:
         if questions is None:
             i, n = self.run.shard or (0, 1)
             questions = self.questions[i::n]
-        if any(q.key not in self.run.done for q in questions):      # loaded before the bar appears
+        if any(q.key not in self.run.done for q in questions):
+            _ = self.model                                          # loaded before the bar appears
             size = size or self.at_once()
         yield from self.run.batches(questions, lambda q: q.key, size or 1)
 
