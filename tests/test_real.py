@@ -58,7 +58,9 @@ def test_every_hidden_state_is_transformers_own_bit_for_bit_in_three_dtypes(smol
         assert torch.equal(fork.unembed(ours, h), states.logits)
 
 
-def test_a_sweep_is_the_plain_loop(smol, decoder):
+def test_a_sweep_is_the_plain_loop(smol):
+    """In float64: in float32, rounding alone takes 10 of the 720 points of all facts beyond this bound, by 3.1e-5."""
+    decoder = llama3.load(smol, torch.float64)
     asked = facts(decoder, llama3.load_tokenizer(smol))
     for _, x, positions, cuts in asked[::6]:
         clean = fork.clean_pass(decoder, x, positions)
