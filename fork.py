@@ -3,7 +3,7 @@ fork.py - many interventions on one prompt, all in one pass over the decoder's l
 
 Needs   torch. Nothing else of this repo: copy it and it works with any decoder that has vicuna.py's Decoder and Block.
 Use     clean = clean_pass(decoder, x, positions)
-        ends = run_branches(decoder, clean, masks, [(1, range(0, 9)), (1, range(1, 10))], read=[-1])
+        ends = run_branches(decoder, clean, masks, [{0: 1, 1: 1}, {1: 1, 2: 1}], read=[-1])
 Matches the plain way, one whole forward pass per intervention  (tests/test_fork.py, test_knockout.py)
 
 Attention is causal. A change at position s therefore changes nothing before s, in any layer; one in layer l changes
@@ -26,11 +26,13 @@ keys and values of tokens 0 to 3, and to the branch's own keys and values of tok
 to 24 + 26 tokens in all, instead of 24 + 4 * 24 for four whole runs. (In the last layer, only the tokens that are read
 are computed.) The branches go through a layer in chunks of up to AT_ONCE tokens; its weights are read once per chunk.
 
-Shapes  T tokens  s first token of the branches  n = T - s tokens of a branch  m of them are read  B branches  M masks
+Shapes  T tokens  s first token of the branches  n = T - s tokens of a branch  m of them are read  B branches
+        M interventions
         C width  H heads  K key heads  D head size  V vocabulary  L layers
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -104,6 +106,22 @@ def clean_pass(decoder, x, positions, keep=list):
 
 
 @torch.inference_mode()
+def extend(decoder, clean, x, positions, keep=list):
+    """A clean pass over T tokens, and embeddings x (1, m, C) of m more at `positions` -> the Clean of all T + m."""
+    cos, sin = decoder.rope(positions)
+    stream, caches = keep(), keep()
+    m, T = x.shape[1], clean.stream[0].shape[1]
+    mask = additive(causal(m, T + m, x.device))
+    for i, layer in enumerate(decoder.layers):
+        stream.append(torch.cat((clean.stream[i], x), 1))
+        cache = list(clean.caches[i])
+        x = layer(x, cos, sin, mask, cache)
+        caches.append(cache)
+    stream.append(torch.cat((clean.stream[len(decoder.layers)], x), 1))
+    return Clean(stream, caches, torch.cat((clean.cos, cos)), torch.cat((clean.sin, sin)))
+
+
+@torch.inference_mode()
 def unembed(decoder, x):
     """Residual stream after the last layer (..., C) -> logits (..., V)."""
     return decoder.lm_head(decoder.norm(x))
@@ -131,43 +149,52 @@ def not_finite(what, dtype):
 # ---------------------------------------------------------------------------------------------------- branches
 
 @torch.inference_mode()
-def run_branches(decoder, clean, masks, branches, read, gates=None, at_once=AT_ONCE):
+def run_branches(decoder, clean, masks, branches, read, change=None, at_once=AT_ONCE):
     """Run B branches -> the residual stream after the last layer at the positions `read` of each, (B, len(read), C).
 
-    branches: list of (number of a mask, range of layers), sorted by layers.start. The branch has that mask in these
-    layers, and mask 0, which must be plain causal, in all others.
-    masks (M, 1 or H, n, T): additive, for the last n tokens of the prompt.
-    gates (M, 2, n, 1): go with the masks; attention's and the MLP's outputs are multiplied by them, token by token.
-    None, like gates of 1, changes nothing; gates[0] must be 1.
+    branches: for each {layer: number of the intervention that it has there}. It forks off at its first layer, and has
+    intervention 0, which is none, in the layers that it does not name.
+    masks (M, 1 or H, n, T): additive, one for each intervention, for the last n tokens of the prompt. masks[0] must be
+    plain causal.
+    change(layer, site, x, which, at) -> x: what else an intervention does, None for nothing. It is called with x
+    (B, m, C) at the site "stream", before a layer (after the last one: layer L), and with what "attention" and "mlp"
+    add to it; which (B,) is each branch's intervention in this layer; `at` picks the m of the n tokens that x holds.
     read: positions among the n tokens. at_once: how many tokens of branches go through a layer together. With fewer,
     weights are read more often; with more, memory grows, and on CPUs a token takes longer (bench.py tree).
-    Memory holds all branches' tokens, (B, n, C). ValueError: the branches are not sorted.
+    Memory holds all branches' tokens, (B, n, C).
     """
-    first = [layers.start for _, layers in branches]
-    if first != sorted(first):
-        raise ValueError("branches must be sorted by their first layer")
     n, T = masks.shape[2:]
     s, L, device = T - n, len(decoder.layers), masks.device
     cos, sin = clean.cos[s:], clean.sin[s:]
-    # Which mask each branch has in each layer, (L, B). Sent to the device here: the loop never waits for it.
-    which = torch.tensor([[m if i in layers else 0 for m, layers in branches] for i in range(L)]).to(device)
+    order = sorted(range(len(branches)), key=lambda b: min(branches[b], default=0))
+    first = [min(branches[b], default=0) for b in order]
+    # What each branch has in each layer, (L + 1, B). Sent to the device here: the loop never waits for it.
+    which = torch.tensor([[branches[b].get(i, 0) for b in order] for i in range(L + 1)]).to(device)
     read = torch.tensor(read).to(device)
     x = clean.stream[0][:, s:].expand(0, -1, -1)                    # (B, n, C), no branch yet
     for i, layer in enumerate(decoder.layers):
-        new = first.count(i)                                        # branches that fork off here
-        x = torch.cat((x, clean.stream[i][:, s:].expand(new, -1, -1)))
+        if new := first.count(i):                                   # branches that fork off here
+            x = torch.cat((x, clean.stream[i][:, s:].expand(new, -1, -1)))
+        here, changed = which[i, :len(x)], change and partial(change, i)
+        x = changed("stream", x, here, slice(None)) if change else x
         past = [t[:, :, :s] for t in clean.caches[i]]
         read_here = read if i + 1 == L else slice(None)             # above the last layer nothing attends to the rest
         chunks = max(1, math.ceil(len(x) / max(1, at_once // n)))   # of equal size: a small last one is inefficient
-        x = torch.cat([branch_layer(layer, some, cos, sin, past, masks, w, gates, read_here) if len(some) else some
-                       for some, w in zip(x.tensor_split(chunks), which[i, :len(x)].tensor_split(chunks), strict=True)])
-    return x
+        x = torch.cat([branch_layer(layer, some, cos, sin, past, masks, w, changed, read_here) if len(some) else
+                       some[:, read_here] for some, w in zip(x.tensor_split(chunks), here.tensor_split(chunks),
+                                                             strict=True)])
+    if change:
+        if new := first.count(L):
+            x = torch.cat((x, clean.stream[L][:, s:][:, read].expand(new, -1, -1)))
+        x = change(L, "stream", x, which[L], read)
+    return x[torch.tensor(order).argsort().to(device)]              # in the order of `branches`
 
 
-def branch_layer(layer, x, cos, sin, past, masks, which, gates=None, read=slice(None)):
+def branch_layer(layer, x, cos, sin, past, masks, which, change=None, read=slice(None)):
     """One layer for B branches x (B, n, C) with a common past, [keys, values] (1, K, s, D) -> (B, m, C), those to read.
 
-    masks (M, 1 or H, n, T); which (B,): the mask that each branch has here; gates, read: see run_branches.
+    masks (M, 1 or H, n, T); which (B,): the intervention that each branch has here; change, read: see run_branches,
+    where change has this layer's number already.
 
     In attention, IN_SEQUENCE tokens at a time are lined up as one sequence, see `attend_lined_up`: a batch would need a
     copy of the past for every branch, and one sequence of all branches would mostly compute what its mask hides.
@@ -177,12 +204,9 @@ def branch_layer(layer, x, cos, sin, past, masks, which, gates=None, read=slice(
     parts = zip(*(t.split(per_sequence) for t in (q[:, :, read], k, v, which)), strict=True)
     out = torch.cat([attend_lined_up(layer, *qkv, past, masks[w][:, :, read]) for *qkv, w in parts])
     x, a = x[:, read], layer.output(out)                            # (B, m, C), both
-    if gates is None:
-        x = x + a
-        return x + layer.mlp(x)
-    gate_a, gate_f = gates[which][:, :, read].unbind(1)             # (B, m, 1)
-    x = x + gate_a * a
-    return x + gate_f * layer.mlp(x)
+    x = x + (change("attention", a, which, read) if change else a)
+    f = layer.mlp(x)
+    return x + (change("mlp", f, which, read) if change else f)
 
 
 def attend_lined_up(layer, q, k, v, past, mask):

@@ -118,8 +118,12 @@ def module_curves(decoder, clean, question, k):
     gates = torch.ones(3, 2, T - s, 1)                              # (interventions, attention and MLP, tokens, 1)
     for m in range(2):
         gates[1 + m, m, [i - s for i in question]] = 0
-    branches = [(1 + m, onward(l, k, L)) for l in range(L) for m in range(2)]
-    points = compare(decoder, clean, mask.expand(3, 1, -1, -1), branches, question, gates.to(mask))
+    gates = gates.to(mask)
+
+    def change(layer, site, x, which, at):                          # see fork.run_branches
+        return x if site == "stream" else x * gates[which, MODULES.index(site)][:, at]
+    branches = [dict.fromkeys(onward(l, k, L), 1 + m) for l in range(L) for m in range(2)]
+    points = compare(decoder, clean, mask.expand(3, 1, -1, -1), branches, question, change)
     return {name: points[m::2] for m, name in enumerate(MODULES)}    # branches alternate between the two
 
 
@@ -128,11 +132,11 @@ def edge_curve(decoder, clean, source, target, question, k):
     """Eq. 9 with an edge cut in the k layers around l: Jaccard of the words at `question`, for each l (figure 37)."""
     T, L, s, stream = clean.stream[0].shape[1], len(decoder.layers), min(target), clean.stream[0]
     masks = torch.stack((additive(causal(T - s, T)), edge_mask(decoder, T, source, target, first=s)))[:, None]
-    return compare(decoder, clean, masks.to(stream.device, stream.dtype), [(1, window(l, k, L)) for l in range(L)],
-                   question)
+    branches = [dict.fromkeys(window(l, k, L), 1) for l in range(L)]
+    return compare(decoder, clean, masks.to(stream.device, stream.dtype), branches, question)
 
 
-def compare(decoder, clean, masks, branches, question, gates=None):
+def compare(decoder, clean, masks, branches, question, change=None):
     """Jaccard of the words at `question` for each of `branches` (see fork.run_branches), against one more branch.
 
     Nothing is done in that one, but it goes through the same kernels: in bfloat16 other rounding alone could change
@@ -142,7 +146,7 @@ def compare(decoder, clean, masks, branches, question, gates=None):
     later = [i for i in question if i >= s]                         # what comes before s is the same in all branches
     if not later:
         return [1.0] * len(branches)
-    x = run_branches(decoder, clean, masks, [(0, range(0, 0)), *branches], [i - s for i in later], gates)
+    x = run_branches(decoder, clean, masks, [{}, *branches], [i - s for i in later], change)
     # Question tokens before s belong to every branch's set of words, unchanged.
     before = clean.stream[-1][:, [i for i in question if i < s]].expand(len(x), -1, -1)
     base, *others = word_sets(decoder, torch.cat((before, x), 1))
@@ -181,10 +185,10 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
-    from harness import experiment, plots, runs
+    from harness import experiment, photos, plots, runs
     study = experiment.Study(s.shared, load)
     if s.top:
-        return show_top(study, s, plots, runs)
+        return show_top(study, s, photos, runs)
     jaccards = bool(s.modules or s.edges)
     if jaccards:
         study.open("jaccard.csv", COLUMNS["jaccard.csv"], modules=s.modules, edges=["->".join(e) for e in s.edges],
@@ -295,7 +299,7 @@ def parse(parser, argv=None):
 
 # ---------------------------------------------------------------------------------------------------- --top
 
-def show_top(study, s, plots, runs):
+def show_top(study, s, photos, runs):
     """The first question's most probable words after each layer, as a table, top.csv and a picture."""
     model, asked = study.model, study.ask(study.questions[0], s.paper_spans)
     p, places, L = asked.prompt, asked.groups.positions(s.at), len(model.decoder.layers)
@@ -319,7 +323,7 @@ def show_top(study, s, plots, runs):
     heading = f"{title}   ({s.norm} lens at {s.at})"                # printed once the files are there
     if patches:                                                     # hundreds of places: one layer's words fit
         layer = L if s.layer is None else s.layer
-        plots.patch_words(asked.question.open(), f"{title}\n{s.norm} lens after layer {layer} of {L}",
+        photos.patch_words(asked.question.open(), f"{title}\n{s.norm} lens after layer {layer} of {L}",
                           study.patch_boxes(p)[[i - p.image.start for i in places]], [row[0] for row in words[layer]],
                           values[layer, :, 0].tolist(), picture)
         print(heading)
@@ -329,7 +333,7 @@ def show_top(study, s, plots, runs):
         titles = [f"{1 + k}." for k in range(s.top)] if single else [repr(p.tokens[i])[1:-1] for i in places]
         cells = [rows[0] if single else [row[0] for row in rows] for rows in words]
         shares = values[:, 0] if single else values[:, :, 0]
-        plots.words(f"{title}\n{s.norm} lens at {s.at}", titles, cells, shares.tolist(), picture)
+        photos.words(f"{title}\n{s.norm} lens at {s.at}", titles, cells, shares.tolist(), picture)
         print(heading)
         print_table(titles, cells, shares.tolist())
     print(f"wrote {file} and {picture}")

@@ -10,7 +10,7 @@ import world
 
 import llama3
 import vicuna
-from fork import branch_layer, causal, clean_pass, finite, probability, run_branches, to_mask, unembed
+from fork import branch_layer, causal, clean_pass, extend, finite, probability, run_branches, to_mask, unembed
 from knockout import cut, forward
 
 SIZES = {"vocab": 40, "width": 32, "layers": 4, "heads": 4, "hidden": 48}
@@ -53,8 +53,10 @@ def test_every_branch_ends_as_a_whole_pass_with_its_intervention(case, at_once):
     d, x, positions, clean = case
     r = random.Random(at_once)
     ranges = [range(a, b) for a in range(4) for b in range(a, 5)] + [range(0, 0)]
-    branches = sorted([(1 + r.randrange(3), layers) for layers in ranges], key=lambda branch: branch[1].start)
-    ends = run_branches(d, clean, interventions(*(cut(causal(T), *c) for c in CUTS)), branches, [0, 3], at_once=at_once)
+    branches = [(1 + r.randrange(3), layers) for layers in ranges]
+    r.shuffle(branches)                                             # they need not be sorted
+    ends = run_branches(d, clean, interventions(*(cut(causal(T), *c) for c in CUTS)),
+                        [dict.fromkeys(layers, m) for m, layers in branches], [0, 3], at_once=at_once)
     assert ends.shape == (len(branches), 2, 32)
     for end, (m, layers) in zip(ends, branches, strict=True):
         whole = forward(d, x, positions, to_mask(causal(T)), to_mask(cut(causal(T), *CUTS[m - 1])), layers)
@@ -66,24 +68,66 @@ def test_masks_may_differ_from_head_to_head(case):
     keep = causal(T).expand(4, -1, -1).clone()
     keep[1, 7, :3] = keep[3, 8, 2:6] = False
     masks = torch.stack([to_mask(k[:, S:]) for k in (causal(T).expand(4, -1, -1), keep)]).double()
-    end = run_branches(d, clean, masks, [(1, range(1, 3))], [2, 3])
+    end = run_branches(d, clean, masks, [{1: 1, 2: 1}], [2, 3])
     whole = forward(d, x, positions, to_mask(causal(T)), to_mask(keep), range(1, 3))
     torch.testing.assert_close(end[0], whole[0, [7, 8]], rtol=1e-6, atol=1e-6)
 
 
-def test_gates_scale_what_a_module_adds_token_by_token(case):
+def test_an_intervention_may_differ_from_layer_to_layer(case):
+    """One branch that has the first cut in layer 0, none in layer 1, and the second one in layers 2 and 3."""
     d, x, positions, clean = case
-    gates = torch.ones(2, 2, T - S, 1).double()
-    gates[1, 0, [0, 2]], gates[1, 1, 3] = 0.25, 0.0
-    end = run_branches(d, clean, interventions(causal(T)), [(1, range(1, 3))], [0, 1, 2, 3], gates)
-    scale = torch.ones(2, T, 1).double()
-    scale[:, S:] = gates[1]
-    h, mask = x, to_mask(causal(T)).double()
-    for i, layer in enumerate(d.layers):
-        a, f = scale if i in range(1, 3) else torch.ones_like(scale)
-        h = h + a * layer.attend(*layer.qkv(h, clean.cos, clean.sin), mask)
-        h = h + f * layer.mlp(h)
+    masks = [to_mask(keep).double() for keep in (causal(T), *(cut(causal(T), *c) for c in CUTS))]
+    end = run_branches(d, clean, torch.stack(masks)[:, None, S:], [{0: 1, 2: 2, 3: 2}], [0, 1, 2, 3])
+    h = x
+    for layer, m in zip(d.layers, (1, 0, 2, 2), strict=True):
+        h = layer(h, clean.cos, clean.sin, masks[m])
     torch.testing.assert_close(end[0], h[0, S:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("read", [[0, 1, 2, 3], [3], [2, 0]])
+def test_a_change_is_made_at_its_site_in_its_layers_token_by_token(case, read):
+    """Every site, each with another factor for each token: 3 branches, as whole passes written out."""
+    d, x, positions, clean = case
+    factors = torch.rand(4, T - S, 1, generator=torch.Generator().manual_seed(5)).double()
+    factors[0] = 1
+    sites, branches = ("stream", "attention", "mlp"), [{1: 1, 4: 1}, {2: 2, 1: 2}, {3: 3}]
+
+    def change(layer, site, h, which, at):
+        mine = (which == 1 + sites.index(site))[:, None, None]      # the intervention that acts at this site
+        return torch.where(mine, h * factors[which][:, at], h)
+    ends = run_branches(d, clean, interventions(*[causal(T)] * 3), branches, read, change)
+    mask = to_mask(causal(T)).double()
+    for b, branch in enumerate(branches):
+        def scale(i, site, h, b=b, branch=branch):
+            whole = torch.ones(T, 1).double()
+            whole[S:] = factors[b + 1] if i in branch and sites[b] == site else 1
+            return h * whole
+        h = x
+        for i, layer in enumerate(d.layers):
+            h = scale(i, "stream", h)
+            h = h + scale(i, "attention", layer.attend(*layer.qkv(h, clean.cos, clean.sin), mask))
+            h = h + scale(i, "mlp", layer.mlp(h))
+        h = scale(4, "stream", h)                                   # after the last layer
+        torch.testing.assert_close(ends[b], h[0, [S + i for i in read]], rtol=1e-6, atol=1e-6)
+
+
+def test_a_branch_may_fork_off_after_the_last_layer(case):
+    d, x, positions, clean = case
+    ends = run_branches(d, clean, interventions(causal(T)), [{4: 1}], [1, 3],
+                        lambda i, site, h, which, at: 2 * h if i == 4 else h)
+    assert torch.equal(ends[0], 2 * clean.stream[-1][0, [S + 1, S + 3]])
+
+
+def test_a_clean_pass_that_is_extended_is_the_clean_pass_of_all_tokens(case):
+    d, x, positions, clean = case
+    short = clean_pass(d, x[:, :6], positions[:6])
+    whole = extend(d, short, x[:, 6:], positions[6:])
+    assert len(short.stream) == len(whole.stream) and short.stream[0].shape[1] == 6 and short.caches[0][0].shape[2] == 6
+    for ours, theirs in zip(whole.stream, clean.stream, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    for ours, theirs in zip(whole.caches, clean.caches, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert torch.equal(whole.cos, clean.cos) and torch.equal(whole.sin, clean.sin)
 
 
 def test_an_empty_intervention_gives_the_bits_of_none_and_the_clean_pass_up_to_rounding():
@@ -92,7 +136,7 @@ def test_an_empty_intervention_gives_the_bits_of_none_and_the_clean_pass_up_to_r
     x = torch.randn(1, T, c.width, generator=torch.Generator().manual_seed(1))
     clean = clean_pass(d, x, torch.arange(T))
     masks = interventions(causal(T)).float()
-    nothing, empty = (run_branches(d, clean, masks, [branch], [3]) for branch in ((0, range(0, 0)), (1, range(0, 4))))
+    nothing, empty = (run_branches(d, clean, masks, [branch], [3]) for branch in ({}, dict.fromkeys(range(4), 1)))
     assert torch.equal(nothing, empty)
     torch.testing.assert_close(nothing[0, 0], clean.stream[-1][0, -1], rtol=1e-5, atol=1e-6)
 
@@ -110,12 +154,6 @@ def test_branches_are_kept_apart_when_they_are_lined_up(case):
     torch.testing.assert_close(together[2:3], alone, rtol=1e-6, atol=1e-6)
 
 
-def test_branches_that_are_not_sorted_are_refused(case):
-    d, x, positions, clean = case
-    with pytest.raises(ValueError, match="sorted by their first layer"):
-        run_branches(d, clean, interventions(causal(T)), [(1, range(2, 3)), (1, range(0, 1))], [0])
-
-
 def test_what_decoding_appends_to_a_cache_does_not_change_a_branch(model):
     """`clean` holds the prompt's keys alone; longer caches, as after decoding, give the same ends."""
     m = model("llava-1.5")
@@ -123,11 +161,11 @@ def test_what_decoding_appends_to_a_cache_does_not_change_a_branch(model):
     x, n = m.embed(p), len(p)
     clean = clean_pass(m.decoder, x, p.positions)
     masks = torch.stack([to_mask(keep[n - 4:]) for keep in (causal(n), cut(causal(n), [3], [n - 1]))])[:, None]
-    before = run_branches(m.decoder, clean, masks, [(1, range(0, 2))], [-1])
+    before = run_branches(m.decoder, clean, masks, [{0: 1, 1: 1}], [-1])
     more = m.decoder.embed_tokens(torch.tensor([[7]]))
     m.decoder(more, torch.tensor([n]), None, clean.caches)
     assert clean.caches[0][0].shape[2] == n + 1
-    assert torch.equal(run_branches(m.decoder, clean, masks, [(1, range(0, 2))], [-1]), before)
+    assert torch.equal(run_branches(m.decoder, clean, masks, [{0: 1, 1: 1}], [-1]), before)
 
 
 def test_a_probability_is_the_softmax_in_float32_and_must_be_finite():

@@ -80,18 +80,20 @@ def test_an_intervention_that_is_none_has_jaccard_1(case):
     L, T, s = len(decoder.layers), len(p), min(question)
     assert lens.edge_curve(decoder, clean, [], question, question, 3) == [1] * L
     assert lens.edge_curve(decoder, clean, g.positions("image"), g.positions("last"), question, 3) == [1] * L
-    mask, gates = to_mask(causal(T))[s:].double().expand(2, 1, -1, -1), torch.ones(2, 2, T - s, 1).double()
-    assert lens.compare(decoder, clean, mask, [(1, range(L))], question, gates) == [1]
+    mask = to_mask(causal(T))[s:].double().expand(2, 1, -1, -1)
+    assert lens.compare(decoder, clean, mask, [dict.fromkeys(range(L), 1)], question,
+                        lambda layer, site, x, which, at: 1 * x) == [1]
 
 
 def test_without_both_modules_in_all_layers_the_embeddings_words_are_left(case):
     decoder, p, g, x, clean = case
     question = g.positions("question")
     s, T, L = min(question), len(p), len(decoder.layers)
-    read, gates = [i - s for i in question], torch.ones(2, 2, T - s, 1).double()
-    gates[1, :, read] = 0
+    read, gate = [i - s for i in question], torch.ones(T - s, 1).double()
+    gate[read] = 0
     mask = to_mask(causal(T))[s:].double().expand(2, 1, -1, -1)
-    left = run_branches(decoder, clean, mask, [(1, range(L))], read, gates)
+    left = run_branches(decoder, clean, mask, [dict.fromkeys(range(L), 1)], read,
+                        lambda layer, site, x, which, at: x if site == "stream" else x * gate[at])
     assert torch.equal(left[0], x[0, question])
     for module in lens.MODULES:                                     # the plain way: one module, then the other
         assert not torch.equal(lens.without(decoder, x, p.positions, list(range(T)), module, range(L)), x)
