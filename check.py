@@ -28,6 +28,7 @@ import torch
 
 import knockout
 from fork import additive, causal, probability, unembed
+from groups import random_sets
 from harness import errors, experiment, flags
 from knockout import edge_mask, forward, percent, sweep, window
 
@@ -65,9 +66,8 @@ def selfcheck(decoder, x, positions, clean, source, target, token, k, heads=None
     base = logits_with(plain, ())
     empty = (logits_with(mask([]), range(L)) - base).abs().max().item()
 
-    pool = [i for i in range(1, max(target)) if i not in target]    # without position 0, an attention sink
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
-    drawn = sorted(pool[i] for i in order[:len(source)])
+    pool = experiment.control_pool(source, target, T)
+    drawn, = random_sets(pool, min(len(source), len(pool)), 1, seed)
     p, middle = probability(base, token), window(L // 2, k, L)
 
     def change(places):
@@ -114,7 +114,6 @@ def run(s):
         for edge, why in lacking.items():
             print(f"{question.key}  {edge}: skipped, {why}")
         for edge, places in cuts.items():
-            knockout.refuse_blind(*places, f"{asked.where} {edge}")
             print(f"{question.key}  {edge}, window {s.window}")
             for sentence, value, passed in selfcheck(study.model.decoder, asked.x, asked.positions, asked.clean,
                                                      *places, asked.token, s.window, s.heads, s.shared.seed):

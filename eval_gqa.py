@@ -173,7 +173,7 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask all questions, those about one photo together, and write their rows; then compute accuracy."""
-    from harness import experiment, plots, questions, runs
+    from harness import experiment, intervals, plots, questions, runs
 
     def read(d, bad, vision):                                       # all groups of Table 2, not the six tasks alone
         if not vision:
@@ -201,7 +201,7 @@ def run(s, load=None):
         right = {f"{row['task']}/{row['question_id']}" for row in rows if row["correct"] == "1"}
         chosen = [q for q in study.questions if q.key in right]
         paths = collect(s.collect, s.shared.data.data[0], chosen, s.most, s.shared.seed)
-    table = accuracy(rows, questions.group_of, questions.SIX, plots.wilson)
+    table = accuracy(rows, questions.group_of, questions.SIX, intervals.wilson)
     write_results(study, rows, table, runs.replace_text, runs.csv_text)
     for path in paths:
         print(f"wrote {path}")

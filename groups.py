@@ -21,9 +21,11 @@ Paper   https://arxiv.org/abs/2411.18620, sections 4.2 and 5, appendices E and G
 
 Words are whole words: "hat" is not in "What". A group that a question does not have is an error that says why.
 """
+import math
+import random
 import re
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, combinations, groupby
 
 from views import patches_in_boxes
 
@@ -220,6 +222,21 @@ class Groups:
         head = f"{len(p)} tokens" + (f", photo {p.size[0]}x{p.size[1]}" if p.size else "")
         rows = (f"{a:{wide[0]}}  {b:>{wide[1]}}  {c:{wide[2]}}  {d}".rstrip() for a, b, c, d in lines)
         return "\n".join([head, *rows])
+
+
+def random_sets(pool, size, n, seed):
+    """n different sets of `size` of the things in `pool` -> sorted lists, the same for the same seed. EmptyGroup: there
+    are not so many."""
+    pool, r = list(pool), random.Random(seed)
+    there = math.comb(len(pool), size)
+    if there < n:
+        raise EmptyGroup(f"{len(pool)} positions hold {there} different sets of {size}, not {n}")
+    if there < 4 * n:                                               # few: list them all, in random order
+        return [list(some) for some in r.sample(list(combinations(pool, size)), n)]
+    sets = {}
+    while len(sets) < n:
+        sets[tuple(sorted(r.sample(pool, size)))] = None
+    return list(map(list, sets))
 
 
 def shorten(text, width):

@@ -5,22 +5,23 @@ Run     python knockout.py --model llava-1.5-7b --src image --tgt question
         python knockout.py --data *_ChooseAttr.csv --images photos --edge "image->last" "question->last"
         python knockout.py --image photo.jpg --question "Is the cup red or blue?" --options red,blue --groups
         python knockout.py --edge "image->last" --heads 0,3 --plain
+        python knockout.py --edge "image->question" --per-head --measure margin
 Needs   torch, and fork.py beside it, for the functions; the rest of the repository for the command line.
 Matches the paper's own code, every layer, edge and window of its golden runs  (tests/test_golden.py)
 Paper   https://arxiv.org/abs/2411.18620, Eq. 3-7, section 3.2; figures 3-5 are this script's picture
 
     edge "source->target": in the k layers around layer l, no query at a target position attends to a key at a source
     position. p_base and p_knockout are the probabilities of the model's own first answer token, without and with the
-    cut; change_percent = (p_knockout - p_base) / p_base * 100. A curve has one point for every l.
-
-    Layers count from 0, and a row's layer is its window's centre. token is a vocabulary id, k the window's size.
+    cut; change_percent = (p_knockout - p_base) / p_base * 100. A curve has one point for every l. Layers count from 0;
+    a row's layer is its window's centre. token is a vocabulary id, k the window's size. score.py has other measures.
 
 Shapes  T tokens  s first target position  n = T - s tokens from there on  L layers  C width  H heads  V vocabulary
 
-Writes  knockout.csv (a row per question, edge and layer), knockout.png, run.json.
+Writes  knockout.csv (a row per question, edge and layer), knockout.png, run.json; heads.csv and heads.png.
 """
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -55,6 +56,18 @@ def window(layer, k, L):
     return range(max(0, layer - k // 2), min(L, layer + (k + 1) // 2))
 
 
+class Cut(NamedTuple):
+    """An edge, and the places where to cut it: a branch for each."""
+    source: list                                   # positions of keys
+    target: list                                   # positions of queries
+    where: list                                    # of {layer: heads that lose the edge there; None is all}
+
+
+def windows(k, L, heads=None):
+    """Cut.where of a curve: the k layers around each layer in turn."""
+    return [dict.fromkeys(window(l, k, L), heads) for l in range(L)]
+
+
 def check_edge(decoder, T, source, target, heads=None):
     """ValueError says why this edge cannot be cut in a prompt of T tokens. An empty source may be: it cuts nothing."""
     H, outside = decoder.config.heads, [i for i in (*source, *target) if not 0 <= i < T]
@@ -62,9 +75,8 @@ def check_edge(decoder, T, source, target, heads=None):
         raise ValueError("no query is given: the target is empty")
     if outside:
         raise ValueError(f"position {outside[0]} is not in the prompt, which has {T} tokens")
-    for head in heads or ():
-        if not 0 <= head < H:
-            raise ValueError(f"head {head} is asked for, but the decoder has heads 0 to {H - 1}")
+    if odd := [head for head in heads or () if not 0 <= head < H]:
+        raise ValueError(f"head {odd[0]} is asked for, but the decoder has heads 0 to {H - 1}")
     if heads is not None and not heads:
         raise ValueError("no head is given: with heads=None, the edge is cut for all")
 
@@ -110,13 +122,19 @@ def curve(decoder, x, positions, source, target, token, k, heads=None):
     edge for these alone. ValueError: see `edge_mask`. FloatingPointError: the dtype overflows. `sweep` is tested
     against this.
     """
-    T, L = x.shape[1], len(decoder.layers)
-    plain = additive(causal(T, device=x.device))                    # explicit, so that SDPA takes one kernel for all
-    blocked = edge_mask(decoder, T, source, target, heads).to(x.device)
+    ends = plain_ends(decoder, x, positions, Cut(source, target, windows(k, len(decoder.layers), heads)))
+    return [probability(unembed(decoder, end[-1]), token) for end in ends]
+
+
+def plain_ends(decoder, x, positions, edge, read=(-1,)):
+    """What `cut_ends` does for one Cut, with the same heads in all of its places, by one forward pass for each."""
+    plain = additive(causal(x.shape[1], device=x.device))           # explicit, so that SDPA takes one kernel for all
+    heads = next(iter(edge.where[0].values()))
+    blocked = edge_mask(decoder, x.shape[1], edge.source, edge.target, heads).to(x.device)
     # Only the layers from the window on differ from the clean run, and only tokens from the first target on: everything
     # else is computed again and again. That is what `sweep` saves.
-    runs = (forward(decoder, x, positions, plain, blocked, window(l, k, L)) for l in range(L))
-    return [probability(unembed(decoder, h[0, -1]), token) for h in runs]
+    runs = (forward(decoder, x, positions, plain, blocked, layers) for layers in edge.where)
+    return torch.stack([h[0, read] for h in runs])
 
 
 # ---------------------------------------------------------------------------------------------------- all in one pass
@@ -128,8 +146,8 @@ def sweep(decoder, clean, cuts, token, k, heads=None, **how):
     """
     if not cuts:
         return []
-    L = len(decoder.layers)
-    ends = cut_ends(decoder, clean, cuts, [window(l, k, L) for l in range(L)], heads, **how)
+    where = windows(k, len(decoder.layers), None if heads is None else tuple(heads))
+    ends = torch.stack(cut_ends(decoder, clean, [Cut(*edge, where) for edge in cuts], **how))[:, :, 0]
     p = unembed(decoder, ends).float().softmax(-1)[..., token]      # (cuts, L)
     if not p.isfinite().all():                                      # only here does the CPU wait for the device
         raise not_finite("probability", ends.dtype)
@@ -137,27 +155,33 @@ def sweep(decoder, clean, cuts, token, k, heads=None, **how):
 
 
 @torch.inference_mode()
-def cut_ends(decoder, clean, cuts, windows, heads=None, **how):
-    """Make each of `cuts` in each of `windows` -> the last position's stream after the last layer, (cuts, windows, C).
+def cut_ends(decoder, clean, cuts, read=(-1,), **how):
+    """Make each Cut of a list in each of its places -> the stream after the last layer at the positions `read`, counted
+    from the end: for each Cut (branches, len(read), C).
 
-    windows: ranges of layers, sorted by first layer. A cut in a window is a branch that forks off the clean pass with
-    the tokens from the first target position s on (see fork.py). The branches of all cuts with the same s run together.
+    A Cut in one place is a branch that forks off the clean pass with the tokens from the first target position s on
+    (see fork.py). The branches of all cuts with the same s run together.
     """
-    T, stream, ends, order = clean.stream[0].shape[1], clean.stream[0], [], []
-    for edge in cuts:
-        check_edge(decoder, T, *edge, heads)
-    for s in sorted({min(target) for _, target in cuts}):           # figures 3-5: the question's first, and `last`
-        mine = [i for i, (_, target) in enumerate(cuts) if min(target) == s]
+    T, stream, H, ends = clean.stream[0].shape[1], clean.stream[0], decoder.config.heads, {}
+    # What fork.py numbers as interventions: (number of the Cut, heads).
+    kinds = dict.fromkeys((i, heads) for i, c in enumerate(cuts) for place in c.where for heads in place.values())
+    for i, heads in kinds:
+        check_edge(decoder, T, cuts[i].source, cuts[i].target, heads)
+    first = [min([*c.target, T + min(read)]) for c in cuts]         # what is read is in the branch
+    for s in sorted(set(first)):                                    # figures 3-5: the question's first, and `last`
+        mine, keys = [i for i, at in enumerate(first) if at == s], [key for key in kinds if first[key[0]] == s]
         # Only the last n = T - s queries get a mask. With all of them and one per head, AnyRes would need gigabytes.
-        keep = causal(T - s, T) if heads is None else causal(T - s, T).expand(decoder.config.heads, -1, -1)
-        keeps = [keep] + [cut(keep, cuts[i][0], [t - s for t in cuts[i][1]], heads) for i in mine]
-        masks = to_mask(torch.stack(keeps)).to(stream.device, stream.dtype)     # (1 + cuts, n, T), or (.., H, n, T)
-        masks = masks.view(len(keeps), -1, T - s, T)                # (1 + cuts, 1 or H, n, T); the first cuts nothing
-        branches = [(1 + c, layers) for layers in windows for c in range(len(mine))]
-        ends.append(run_branches(decoder, clean, masks, branches, [-1], **how).view(len(windows), len(mine), -1))
-        order += mine
-    back = [order.index(i) for i in range(len(cuts))]               # from the order of s to the order of `cuts`
-    return torch.cat(ends, 1)[:, back].transpose(0, 1)
+        keep, by_head = causal(T - s, T), any(heads is not None for _, heads in keys)
+        keep = keep.expand(H, -1, -1) if by_head else keep
+        keeps = [keep] + [cut(keep, cuts[i].source, [t - s for t in cuts[i].target],
+                              range(H) if by_head and heads is None else heads) for i, heads in keys]
+        masks = to_mask(torch.stack(keeps)).to(stream.device, stream.dtype)     # (M, n, T), or (M, H, n, T)
+        masks = masks.view(len(keeps), -1, T - s, T)                # (M, 1 or H, n, T); the first cuts nothing
+        number = {key: 1 + i for i, key in enumerate(keys)}
+        branches = [{l: number[i, heads] for l, heads in place.items()} for i in mine for place in cuts[i].where]
+        parts = run_branches(decoder, clean, masks, branches, list(read), **how)
+        ends |= zip(mine, parts.split([len(cuts[i].where) for i in mine]), strict=True)
+    return [ends[i] for i in range(len(cuts))]
 
 
 def token_layers(T, L, cuts, k):
@@ -168,9 +192,10 @@ def token_layers(T, L, cuts, k):
 
 # ---------------------------------------------------------------------------------------------------- command line
 
-# More columns may be added later; read them by name.
+# More columns may be added later; read them by name. From answer_tokens on: see score.py.
 COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "token", "edge", "window", "layer",
-           "p_base", "p_knockout", "change_percent")
+           "p_base", "p_knockout", "change_percent", "answer_tokens", "logp_base", "logp_knockout",
+           "logp_per_token_base", "logp_per_token_knockout", "margin_base", "margin_knockout", "head")
 EDGES = ("question->last", "image->last", "last->last", "image->question", "related_patches->question",
          "other_patches->question")                # figures 3, 4 and 5; the last two need boxes
 
@@ -187,6 +212,12 @@ class Settings:
     paper_spans: bool = False
     plain: bool = False
     groups: bool = False
+    measure: str = "first"
+    control: int = 0
+    control_of: str = "source"
+    control_step: int | None = None
+    per_head: int = 0                              # how many of the heads that matter most are then cut together
+    joint: tuple = ()                              # those: (layer, head)
 
 
 def main(argv=None):
@@ -197,89 +228,72 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
-    from harness import experiment, plots
+    from harness import experiment, photos, plots
     study = experiment.Study(s.shared, load)
     if s.groups:
-        return show_groups(study, s, plots.groups)
-    study.open("knockout.csv", COLUMNS, edges=["->".join(edge) for edge in s.edges], window=s.window,
-               paper_spans=s.paper_spans, heads=s.heads, subword=s.subword, plain=s.plain, max_norm=s.max_norm)
+        return study.show_groups(s.edges, s.paper_spans, photos.groups)
+    name = f"joint_{s.measure}_{len(s.joint)}" if s.joint else "heads" if s.per_head else "knockout"
+    study.open(f"{name}.csv", COLUMNS, edges=["->".join(edge) for edge in s.edges], window=s.window, heads=s.heads,
+               paper_spans=s.paper_spans, subword=s.subword, plain=s.plain, max_norm=s.max_norm, joint=s.joint or None,
+               control=(s.control, s.control_of, s.control_step, s.shared.seed) if s.control else None)
     for question, result in study.measured(measure, s):             # those without rows: a run can be resumed
         with study.skipping_bad(question):
             study.write(*result())                                  # synced: a crash loses one question at most
     study.finish()
     picture = study.csv.with_suffix(".png")
-    drawn = plots.knockout(study.csv, picture)
+    if s.joint:
+        return print(*plots.joint_lines(study.csv, s.measure), f"wrote {study.csv}", sep="\n")
+    top, lines = plots.heads(study.csv, picture, s.per_head, s.measure) if s.per_head else (
+        (), plots.knockout_lines(plots.knockout(study.csv, picture, s.measure), s.measure))
     study.report()
-    for (task, edge), (layers, mean, n) in drawn.items():
-        change, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
-        print(f"{task}, {edge}: largest mean change {change:+.1f} %, around layer {layer} (n = {n})")
-    print(f"wrote {study.csv}, {picture} and {study.info}")
+    print(*lines, f"wrote {study.csv}, {picture} and {study.info}", sep="\n")
+    if s.per_head:                                                  # the ranking is that of all questions
+        run(replace(s, per_head=0, joint=top), lambda *_: study.model)
 
 
 def measure(study, question, s):
     """Ask a question, and cut its edges -> (Asked, rows of knockout.csv, {edge that it does not have: why})."""
-    asked, decoder = study.ask(question, s.paper_spans, s.subword, s.max_norm), study.model.decoder
+    import score
+    asked, d = study.ask(question, s.paper_spans, s.subword, s.max_norm, whole=True), study.model.decoder
     if not asked.counts:                                            # as in the paper: only right answers, or --all
         return asked, (), {}
-    cuts, lacking = asked.edges(s.edges)                            # {"image->question": (positions, positions)}
-    for edge, places in cuts.items():
-        refuse_blind(*places, f"{asked.where} {edge}")
-    how = asked.token, s.window, s.heads
-    # Two ways to the same curves: --plain is short enough to teach from, and what the fast one is tested against.
-    curves = [curve(decoder, asked.x, asked.positions, *places, *how) for places in cuts.values()] if s.plain else (
-        sweep(decoder, asked.clean, list(cuts.values()), *how))
-    rows = [[*asked.first_columns, asked.token_text, edge, s.window, layer, asked.p, p, percent(asked.p, p)]
-            for edge, points in zip(cuts, curves, strict=True) for layer, p in enumerate(points)]
-    return asked, rows, lacking
+    edges, lacking = asked.edges(s.edges)                           # {"image->question": (positions, positions)}
+    jobs = [job for edge, places in edges.items() for job in jobs_of(d, asked, edge, *places, s, lacking)]
+    read, cuts = asked.scored.read, [job[-1] for job in jobs]
+    # Two ways to the same ends: --plain is short enough to teach from, and what the fast one is tested against.
+    ends = [plain_ends(d, asked.x, asked.positions, c, read) for c in cuts] if s.plain else (
+        cut_ends(d, asked.clean, cuts, read))
+    base = score.score(d, asked.clean.stream[-1][0, read], asked.scored)
+    points = score.columns(base, score.score(d, torch.cat(list(ends)), asked.scored), asked.scored) if cuts else ()
+    first, what = [*asked.first_columns, asked.token_text], [(edge, l, head) for edge, ls, head, _ in jobs for l in ls]
+    return asked, [[*first, edge, s.window, layer, asked.p, p, percent(asked.p, p), *more, head]
+                   for (edge, layer, head), (p, *more) in zip(what, points, strict=True)], lacking
 
 
-def refuse_blind(source, target, name):
-    """Raise ValueError, naming the edge, if its cut leaves a query without a key. No mask is built."""
-    first = next(i for i in range(max(source) + 2) if i not in source)          # the first key that is not cut
-    if min(target) < first:
-        raise ValueError(f"{name}: query position(s) {[t for t in target if t < first][:4]} would attend to nothing: "
-                         "every key is cut")
+def jobs_of(decoder, asked, edge, source, target, s, lacking):
+    """What is cut for one edge -> list of (name of the edge, the rows' layers, their head, Cut)."""
+    from heads import alone, top_and_random
+    L, H, k = len(decoder.layers), decoder.config.heads, s.window
+    everywhere = windows(k, L, s.heads)
+    if s.joint:
+        return [(f"{edge}, {name}", [""], "", Cut(source, target, [place]))
+                for name, place in top_and_random(everywhere, H, s.joint, asked.draw).items()]
+    if s.per_head:
+        return [(edge, range(L), h, Cut(source, target, alone(everywhere, h))) for h in s.heads or range(H)]
+    return [(edge, range(L), "", Cut(source, target, everywhere)), *(
+        (name, layers, "", Cut(*places, [everywhere[l] for l in layers]))
+        for name, layers, places in asked.controls(edge, source, target, s, L, lacking))]
 
 
 def parse(parser, argv=None):
     """The command line -> Settings."""
-    group = parser.add_argument_group("what to cut")
-    group.add_argument("--src", metavar="GROUP", help=f"keys to hide: a token group, {parser.groups}")
-    group.add_argument("--tgt", metavar="GROUP", help="the queries they are hidden from: another group")
-    group.add_argument("--edge", nargs="+", action="extend", default=[], metavar="A->B",
-                       help="several edges in one run (default: those of figures 3-5)")
-    group.add_argument("--window", type=parser.count, metavar="K",
-                       help="layers cut at once (default: 9; 3 for the bundled models, which have 10 layers)")
-    group.add_argument("--heads", type=parser.numbers, metavar="H,H", help="for these heads alone (default: all)")
-    group.add_argument("--subword", choices=("first", "last"), default="first",
-                       help="measure the answer's first token, or its last one, given the others (default: first)")
-    group.add_argument("--max-norm", type=parser.size, metavar="X",
-                       help="leave patches of a larger feature norm out of related and other patches (figure 16)")
-    group.add_argument("--paper-spans", action="store_true", help="find words as the paper's code does: hat in What")
-    parser.add_shared_flags("out/knockout")
-    parser.run.add_argument("--plain", action="store_true", help="a forward pass per layer and edge: slow, same curves")
-    parser.run.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
-    args = parser.parse_args(argv)
-    if bool(args.src) != bool(args.tgt):
-        raise ValueError("--src and --tgt go together")
+    args = parser.cut_args(argv, "out/knockout")
     edges = [f"{args.src}->{args.tgt}"] * bool(args.src) + args.edge
     if not edges and not args.groups:                               # without --box there are no patch groups
         edges = EDGES if args.box or not args.question else EDGES[:4]
-    return Settings(parser.shared(args), parser.edges(edges), args.window or parser.window(args.model), args.heads,
-                    args.subword, args.max_norm, args.paper_spans, args.plain, args.groups)
-
-
-def show_groups(study, s, draw):
-    """--groups: the token groups of the first question, as a table and on its photo."""
-    question = study.questions[0]
-    prompt = question.prompt(study.model)
-    groups = question.groups(prompt, s.paper_spans)
-    picture = study.out / "groups.png"
-    if prompt.size:
-        draw(question.open(), groups, study.patch_boxes(prompt), question.boxes, picture)
-    print(groups.table(dict.fromkeys(name for edge in s.edges for name in edge if name not in groups.named)))
-    if prompt.size:
-        print(f"wrote {picture}")
+    return Settings(parser.shared(args), parser.edges(edges), args.window, args.heads, args.subword, args.max_norm,
+                    args.paper_spans, args.plain, args.groups, args.measure, args.control, args.control_of,
+                    args.control_step, args.per_head)
 
 
 if __name__ == "__main__":

@@ -241,7 +241,8 @@ def suggest(file, L, tolerance, rows, weights=None):
     of_model(file, weights)
     changes_at, k, edges = defaultdict(list), 1, set()
     for line, row in enumerate(rows(file, ("edge", "task", "layer", "change_percent", "window")), 2):
-        if row["edge"].split("->")[0] in ("image", "related_patches", "other_patches"):
+        source, _, target = row["edge"].partition("->")
+        if source in ("image", "related_patches", "other_patches") and ", random " not in target:   # no --control
             try:
                 layer, change, width = int(row["layer"]), float(row["change_percent"]), int(row["window"])
             except ValueError:

@@ -25,10 +25,11 @@ import torch
 
 import llava_min
 import offload
-from fork import Clean, clean_pass, probability, unembed
-from groups import EmptyGroup, Groups
+from fork import Clean, clean_pass, extend, probability, unembed
+from groups import EmptyGroup, Groups, random_sets
 from harness import hub, runs
 from harness.questions import NoRows, Question, data_files, read_questions
+from score import Answer, option_pair, options_of
 from views import patch_boxes, slot_rows
 
 # ---------------------------------------------------------------------------------------------------- asking
@@ -43,12 +44,15 @@ class Asked:
     positions: torch.Tensor                        # (T,), for the decoder's rope
     clean: Clean                                   # residual stream and caches with nothing changed
     answer: str                                    # the model's own, as text
+    scored: Answer                                 # its tokens, see score.py
+    unpaired: str                                  # why there is no margin between two options; "": there is one
     token: int                                     # the token that is measured: the answer's first, or its last
     token_text: str
     p: float                                       # its probability
     right: bool
     counts: bool                                   # does the question go into the results?
     strict: bool                                   # does a missing group raise an error?
+    seed: int = 0                                  # of what is drawn
 
     @property
     def first_columns(self):
@@ -67,12 +71,66 @@ class Asked:
                 if min(source) > max(target):
                     raise EmptyGroup(f"{'->'.join(edge)}: {edge[1]} comes before {edge[0]} here, and a decoder attends "
                                      "only to what came before: there is nothing to cut")
+                keys = {*range(max(source) + 2)} - {*source}        # what the cut leaves; the last one is always there
+                if blind := [t for t in target if t < min(keys)]:
+                    raise ValueError(f"{self.where} {'->'.join(edge)}: query position(s) {blind[:4]} would attend to "
+                                     "nothing: every key is cut")
                 cuts["->".join(edge)] = source, target
             except EmptyGroup as e:
                 if self.strict:
                     raise
                 lacking["->".join(edge)] = str(e)
         return cuts, lacking
+
+
+    def named(self, names):
+        """Names of groups -> ({name: positions}, {group that it does not have: why})."""
+        found, lacking = {}, {}
+        for name in names:
+            try:
+                found[name] = self.groups.positions(name)
+            except EmptyGroup as e:
+                if self.strict:
+                    raise
+                lacking[name] = str(e)
+        return found, lacking
+
+    def controls(self, edge, source, target, s, L, lacking):
+        """--control: edges like this one with random positions in place of its source or target -> list of (name,
+        layers at which it is cut, (source, target)). s: knockout.Settings.
+
+        They depend on the seed, the question and the edge alone. If there are not so many, there is none, and `lacking`
+        says why.
+        """
+        pool = control_pool(source, target, self.x.shape[1], s.control_of)
+        try:
+            sets = self.draw(pool, len(source if s.control_of == "source" else target), s.control, edge)
+        except EmptyGroup as e:
+            if self.strict:
+                raise EmptyGroup(f"--control {s.control} of {edge}: {e}") from e
+            lacking[f"control of {edge}"] = str(e)
+            return []
+        return [(f"{edge}, random {s.control_of} {i}", control_layers(L, s.control_step),
+                 (some, target) if s.control_of == "source" else (source, some)) for i, some in enumerate(sets, 1)]
+
+    def draw(self, pool, size, n, what):
+        """n random sets, see groups.random_sets: others for each question and `what`."""
+        return random_sets(pool, size, n, f"{self.seed}/{self.question.key}/{what}")
+
+
+def control_pool(source, target, T, of="source"):
+    """The positions that an edge's random sources, or targets, are drawn from.
+
+    Sources: what the last target may attend to, but targets, and but position 0, an attention sink. Targets: what comes
+    after the first source, but sources.
+    """
+    return sorted({*range(1, max(target))} - {*target} if of == "source" else {*range(min(source) + 1, T)} - {*source})
+
+
+def control_layers(L, step=None):
+    """The layers at which controls are measured: every step-th; else three, a third of the model apart, up to the last
+    one, since N controls at every layer cost as much as N edges."""
+    return list(range(0, L, step)) if step else sorted({max(0, L * i // 3 - 1) for i in (1, 2, 3)})
 
 
 def load_model(m, checkpoint=None):
@@ -83,14 +141,65 @@ def load_model(m, checkpoint=None):
     return model
 
 
-class Study:
+class Asker:
+    """A model that is asked questions."""
+
+    single = True                                  # is there one question, which always counts?
+
+    def __init__(self, model, shared):
+        """shared: flags.Shared, of which the seed and `strict` are used."""
+        self.model, self.shared = model, shared
+
+    def counts(self, right):
+        """The paper's rule: a question counts if the model answers it right. With --all every question counts, and your
+        own question always does."""
+        return right or self.single or self.shared.data.all
+
+    def ask(self, question, paper_spans=False, subword="first", max_norm=None, whole=False):
+        """Question -> Asked. The arguments are the flags of the same names.
+
+        whole: all tokens of the model's answer but the last follow the prompt, and the group `last` is every position
+        that predicts one of them. subword "last": they do so, too, but `last` is the position of the last one alone.
+        """
+        model, d = self.model, self.model.decoder
+        prompt = question.prompt(model)
+        groups = question.groups(prompt, paper_spans)
+        if max_norm is not None and prompt.size:
+            groups = without_large(groups, patch_norms(model, prompt), max_norm)
+        x, positions = model.embed(prompt), prompt.positions
+        clean = clean_pass(d, x, positions, model.keep)
+        logits = unembed(d, clean.stream[-1][0, -1])
+        ids, = model.decode(logits[None], clean.caches, len(prompt))
+        answer, first = model.words(ids), logits.argmax().item()
+        right, measured = question.right(answer), -1 if subword == "last" else 0
+        ids = (ids or [first]) if whole or measured else [first]    # an empty answer is its end token
+        if len(ids) > 1:
+            more = d.embed_tokens(torch.tensor([ids[:-1]], device=x.device))
+            after = positions[..., -1:] + 1 + torch.arange(len(ids) - 1, device=x.device)
+            clean = extend(d, clean, more, after, model.keep)
+            x, positions = torch.cat((x, more), 1), torch.cat((positions, after), -1)
+            predict = list(range(len(prompt) - 1, x.shape[1]))      # the positions that predict a token of the answer
+            groups = groups.having("last", predict[-1:] if measured else predict)
+            logits = unembed(d, clean.stream[-1][0, predict[measured]])
+        pair, why = option_pair(model.tokenizer, ids, answer, *options_of(
+            answer, question.answer, question.true_option, question.false_option, question.options))
+        return Asked(question, prompt, groups, x, positions, clean, answer, Answer(tuple(ids), measured, pair), why,
+                     ids[measured], model.tokenizer.id_to_token(ids[measured]), probability(logits, ids[measured]),
+                     right, self.counts(right), self.single and self.shared.strict, self.shared.seed)
+
+    def patch_boxes(self, prompt):
+        """Where each image token lies on the photo, see views.patch_boxes: (n, 4) in px."""
+        return patch_boxes(prompt.size, prompt.geometry)
+
+
+class Study(Asker):
     """The questions of one run, asked one by one: resumable, each one's rows on disk before the next is asked."""
 
-    def __init__(self, shared, load=None, read=read_questions):
+    def __init__(self, shared, load=None, read=read_questions, donor=None):
         """load(model settings, checkpoint) -> LLaVA, called once and only if a question is left. read: instead of
-        `read_questions`. ValueError: no question is left."""
+        `read_questions`. donor: question -> the file of its other photo. ValueError: no question is left."""
         m, d = shared.model, shared.data
-        self.shared, self.bad, self.load, self.run = shared, [], load or load_model, None
+        self.shared, self.bad, self.load, self.run, self.donor = shared, [], load or load_model, None, donor
         self.checkpoint = hub.resolve(m.name, m.revision, m.vision_tower)
         self.config = hub.read_config(self.checkpoint.files, m.preprocess)
         self.single, self.out = not d.data, Path(shared.out)
@@ -124,14 +233,15 @@ class Study:
         pictures, usable = {}, []
         for q in self.questions:
             with self.skipping_bad(), q.named():
-                if q.image and self.config.vision and q.image not in pictures:
-                    pictures[q.image] = picture_hash(q.image)
+                for file in filter(None, (q.image, self.donor and self.donor(q)) if self.config.vision else ()):
+                    pictures[file] = pictures.get(file) or picture_hash(file)
                 usable.append(q)
         if not usable:
             raise ValueError(f"no usable question: {self.bad[0]}")
         self.questions = usable
         return {q.key: {"question": runs.text_hash(repr(q.facts())),
-                        **({"picture": pictures[q.image]} if q.image in pictures else {})} for q in order(usable)}
+                        **({"picture": pictures[q.image]} if q.image in pictures else {}),
+                        **({"donor": pictures[self.donor(q)]} if self.donor else {})} for q in order(usable)}
 
     @property
     def csv(self):
@@ -207,39 +317,17 @@ class Study:
             error = e
         return FloatingPointError(f"{question.where or question.key}: {error}")
 
-    def counts(self, right):
-        """The paper's rule: a question counts if the model answers it right. With --all every question counts, and your
-        own question always does."""
-        return right or self.single or self.shared.data.all
-
-    def ask(self, question, paper_spans=False, subword="first", max_norm=None):
-        """Question -> Asked. The arguments are the flags of the same names."""
-        model, d = self.model, self.model.decoder
-        prompt = question.prompt(model)
+    def show_groups(self, edges, paper_spans, draw):
+        """--groups: the token groups of the first question, as a table and on its photo."""
+        question = self.questions[0]
+        prompt = question.prompt(self.model)
         groups = question.groups(prompt, paper_spans)
-        if max_norm is not None and prompt.size:
-            groups = without_large(groups, patch_norms(model, prompt), max_norm)
-        x, positions = model.embed(prompt), prompt.positions
-        clean = clean_pass(d, x, positions, model.keep)
-        logits = unembed(d, clean.stream[-1][0, -1])
-        (ids,), token = model.decode(logits[None], clean.caches, len(prompt)), logits.argmax().item()
-        if subword == "last" and len(ids) > 1:
-            # The answer's other tokens follow the prompt; `last` is the position that predicts its last one.
-            more = d.embed_tokens(torch.tensor([ids[:-1]], device=x.device))
-            x, token = torch.cat((x, more), 1), ids[-1]
-            after = positions[..., -1:] + 1 + torch.arange(len(ids) - 1, device=x.device)
-            positions = torch.cat((positions, after), -1)
-            groups = groups.having("last", [x.shape[1] - 1])
-            clean = clean_pass(d, x, positions, model.keep)
-            logits = unembed(d, clean.stream[-1][0, -1])
-        answer = model.words(ids)
-        right = question.right(answer)
-        return Asked(question, prompt, groups, x, positions, clean, answer, token, model.tokenizer.id_to_token(token),
-                     probability(logits, token), right, self.counts(right), self.single and self.shared.strict)
-
-    def patch_boxes(self, prompt):
-        """Where each image token lies on the photo, see views.patch_boxes: (n, 4) in px."""
-        return patch_boxes(prompt.size, prompt.geometry)
+        picture = self.out / "groups.png"
+        if prompt.size:
+            draw(question.open(), groups, self.patch_boxes(prompt), question.boxes, picture)
+        print(groups.table(dict.fromkeys(name for edge in edges for name in edge if name not in groups.named)))
+        if prompt.size:
+            print(f"wrote {picture}")
 
     def lacks(self, question, what, error):
         """Record that a question has no rows because a group is missing. If it is the only one, raise the error."""

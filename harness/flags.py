@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, fields
 
-from groups import NAMES, parse_edge
+from groups import NAMES, canonical, parse_edge
 from harness import hub
 from harness.questions import BUNDLED, SIX
 
@@ -136,6 +136,11 @@ class Parser(argparse.ArgumentParser):
         return tuple(sorted(edges, key=lambda edge: (order.get("->".join(edge), len(order)), edge)))
 
     @staticmethod
+    def group(text):
+        """The canonical name of a token group. ValueError lists the legal names."""
+        return canonical(text)
+
+    @staticmethod
     def window(model):
         """The window where none is asked for: the paper's 9; 3 for the bundled models, which have 10 layers."""
         return 3 if model in hub.BUNDLED else 9
@@ -197,6 +202,47 @@ class Parser(argparse.ArgumentParser):
         self.add_model_flags()
         self.add_data_flags()
         self.add_run_flags(out)
+
+    def cut_args(self, argv, out):
+        """Add the flags that choose what is cut, and all shared ones, and parse: of knockout.py, and check.py."""
+        group = self.add_argument_group("what to cut")
+        group.add_argument("--src", metavar="GROUP", help=f"keys to hide: a token group, {self.groups}")
+        group.add_argument("--tgt", metavar="GROUP", help="the queries they are hidden from: another group")
+        group.add_argument("--edge", nargs="+", action="extend", default=[], metavar="A->B",
+                           help="several edges in one run (default: those of figures 3-5)")
+        group.add_argument("--window", type=self.count, metavar="K", help="layers cut at once (default: 9; 3 for the "
+                           "bundled models, which have 10 layers; 1 with --per-head)")
+        group.add_argument("--heads", type=self.numbers, metavar="H,H", help="for these heads alone (default: all)")
+        group.add_argument("--per-head", type=self.count, nargs="?", const=10, default=0, metavar="N",
+                           help="cut each head of each layer alone, rank them, then cut the first N together (10)")
+        group.add_argument("--control", type=self.count, default=0, metavar="N",
+                           help="cut N random sources of the same size besides, drawn grey")
+        group.add_argument("--control-of", choices=("source", "target"), default="source",
+                           help="what of the edge is random (default: source)")
+        group.add_argument("--control-step", type=self.count, metavar="K", help="at every K-th layer (default: at "
+                           "three layers, since N controls cost N times an edge)")
+        group.add_argument("--subword", choices=("first", "last"), default="first",
+                           help="measure the answer's first token, or its last one, given the others (default: first)")
+        group.add_argument("--measure", choices=("first", "answer", "margin"), default="first",
+                           help="what is drawn: P(one token), log P(whole answer) per token, or the margin log P(true "
+                                "option) - log P(false option); the CSV has all (default: first)")
+        group.add_argument("--max-norm", type=self.size, metavar="X",
+                           help="leave patches of a larger feature norm out of related and other patches (figure 16)")
+        group.add_argument("--paper-spans", action="store_true",
+                           help="find words as the paper's code does: hat in What")
+        self.add_shared_flags(out)
+        self.run.add_argument("--plain", action="store_true",
+                              help="a forward pass per layer and edge: slow, same curves")
+        self.run.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
+        args = self.parse_args(argv)
+        if bool(args.src) != bool(args.tgt):
+            raise ValueError("--src and --tgt go together")
+        if args.per_head and (args.plain or args.control):
+            raise ValueError(f"--per-head and {'--plain' if args.plain else '--control'} cannot be combined")
+        if args.per_head and len(args.edge) + bool(args.src) != 1:
+            raise ValueError("--per-head ranks heads for one edge: give it with --edge")
+        args.window = args.window or (1 if args.per_head else self.window(args.model))
+        return args
 
     @staticmethod
     def model(args):

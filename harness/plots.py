@@ -2,7 +2,8 @@
 harness/plots.py - pictures from the CSVs of runs, all in one style.
 
 Run     python -m harness.plots out/knockout/knockout.csv         draws knockout.png beside it again
-Needs   matplotlib and numpy. Nothing else of this repo: copy it and it works.
+        python -m harness.plots A/knockout.csv B/knockout.csv --out both.svg      two runs in one picture
+Needs   matplotlib and numpy, and intervals.py beside it.
 Paper   https://arxiv.org/abs/2411.18620, the layout of figures 3-5
 
 A picture is drawn from a CSV that a run wrote, never from numbers in memory: it shows what is on disk. The CSV is read
@@ -10,6 +11,7 @@ row by row, in memory that does not grow with the number of questions, and no ma
 """
 import argparse
 import csv
+import json
 import math
 import os
 import sys
@@ -18,6 +20,8 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+
+from harness.intervals import FEW, Mean, paired_interval
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -53,66 +57,12 @@ def figure(panels, title, x_label, y_label):
     return fig, axes[:panels]
 
 
-DRAWS, FEW = 1000, 10                              # resamples of the bootstrap; fewer curves are shown one by one
-
-
-class Mean:
-    """The mean of curves and its 95 % interval, from one pass over them: a bootstrap whose memory does not grow.
-
-    Each of DRAWS resamples takes a curve 0, 1, 2, .. times, as a Poisson draw of mean 1 says, and keeps two sums. The
-    interval is the middle 95 % of the resamples' means. They are means of measured values, so it stays within their
-    bounds: no change below -100 %, no probability above 100 %.
-    """
-
-    def __init__(self):
-        self.n, self.total, self.few = 0, 0, []
-        self.random, self.weights, self.sums = np.random.default_rng(0), np.zeros(DRAWS), 0
-
-    def add(self, curve):
-        curve = np.asarray(curve, dtype=float)                      # (x,)
-        weights = self.random.poisson(1.0, DRAWS)
-        self.n, self.total = self.n + 1, self.total + curve
-        self.weights, self.sums = self.weights + weights, self.sums + weights[:, None] * curve    # (DRAWS, x)
-        self.few = [*self.few, curve][:FEW]
-
-    def mean(self):
-        return self.total / self.n
-
-    def interval(self):
-        """-> low, high, (x,) each."""
-        drawn = self.weights > 0
-        return np.percentile(self.sums[drawn] / self.weights[drawn, None], (2.5, 97.5), axis=0)
-
-
-def wilson(right, n, z=1.96):
-    """The 95 % interval of a share: (low, high). Wilson's, which stays within 0 and 1 where few answers are wrong."""
-    p, middle = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def paired_interval(changes, before):
-    """The 95 % interval of a change in accuracy, (low, high); before + low and before + high are shares, too.
-
-    changes (n,): each question's, -1, 0 or 1. before: the accuracy that it is a change from.
-
-    Where every answer was right before, it is Wilson's interval of the share that still is. Otherwise half an
-    observation is added to each of the four cells, right or wrong before by right or wrong after (Agresti and Min
-    2005): without it, twenty questions without a change would give an interval of no width.
-    """
-    changes = np.asarray(changes, dtype=float)
-    if before == 1:
-        low, high = wilson((changes == 0).sum(), len(changes))
-        return low - 1, high - 1
-    n = len(changes) + 2
-    mean, squares = changes.sum() / n, ((changes ** 2).sum() + 1) / n
-    half = 1.96 * np.sqrt((squares - mean ** 2) / n)
-    return max(-before, mean - half), min(1 - before, mean + half)
-
-
 def rows(file, needed, empty=False):
-    """A run's CSV -> its rows as dicts, one by one. ValueError: it cannot be read, lacks a column, or has no rows and
-    `empty` does not allow that."""
+    """A run's CSV -> its rows as dicts, one by one; rows in memory are given as they are. ValueError: it cannot be
+    read, lacks a column, or has no rows and `empty` does not allow that."""
+    if not isinstance(file, str | Path):
+        yield from file
+        return
     if Path(file).exists() and not Path(file).is_file():
         raise ValueError(f"{file} is not a file, but a folder, a pipe or a device")
     try:
@@ -164,36 +114,177 @@ def save(fig, file):
         new.unlink(missing_ok=True)
 
 
-def knockout(file, picture):
+# --measure -> (columns of knockout.csv whose difference is drawn, label of the y axis)
+MEASURES = {"first": ("change_percent", None, "change of P(answer), %"),
+            "answer": ("logp_per_token_knockout", "logp_per_token_base", "change of log P(answer), nats per token"),
+            "margin": ("margin_knockout", "margin_base", "change of the margin, nats")}
+
+NO_PAIR = "--measure margin: no question has a second option; pass --options A,B and --answer A, or measure answer"
+
+
+def knockout(file, picture, measure="first"):
     """knockout.csv -> a picture: a panel per task, a curve per edge, the mean over questions with its 95 % interval.
 
-    Rows of several windows, as in figures 7 and 8, get a panel per window. -> what was drawn: {(panel, edge): (layers,
-    mean changes in percent, number of questions)}
+    Rows of several windows, as in figures 7 and 8, get a panel per window. file: one CSV, or a list of several runs',
+    which are told apart by line style. -> what was drawn: {(panel, edge): (layers, mean changes, number of questions)}
     """
-    windows = distinct(file, "window")
-    panel = "task" if len(windows) == 1 else "window"
-    title = "Attention knockout" + (f", window {windows[0]}" if panel == "task" else "")
-    return curves(file, picture, "edge", "change_percent", 1, title, "layer at the centre of the window",
-                  "change of P(answer), %", 0, at_least=(-5, 1), panel=panel)
+    fig, drawn = knockout_figure(file, measure)
+    save(fig, picture)
+    return drawn
+
+
+def knockout_figure(file, measure="first"):
+    """The same -> (figure, what was drawn). file: also rows that were measured in memory, a list of dicts."""
+    sources = dict(zip(run_labels(file), file, strict=True)) if is_several(file) else {"": file}
+    seen = list(dict.fromkeys(window for source in sources.values() for window in distinct(source, "window")))
+    panel = "task" if len(seen) == 1 or len(sources) > 1 else "window"
+    title = "Attention knockout" + (f", window {seen[0]}" if len(seen) == 1 else "")
+    value, less, label = MEASURES[measure]
+    return curves(sources, "edge", value, 1, title, "layer at the centre of the window", label, 0, panel=panel,
+                  at_least=(-5, 1) if measure == "first" else None, less=less)
+
+
+def is_several(file):
+    """Is it a list of files, not one file and not a list of rows?"""
+    return isinstance(file, list | tuple) and bool(file) and isinstance(file[0], str | Path)
+
+
+def run_labels(files):
+    """What tells several runs apart, by the run.json beside each: model, dtype, window ...; else their folders."""
+    told = []
+    for file in files:
+        info = Path(file).with_name("run.json")
+        record = json.loads(info.read_text(encoding="utf-8")) if info.exists() else {}
+        record = {record.get("csv"): record, **record.get("others", {})}.get(Path(file).name) or {}
+        told.append({"model": record.get("model"), **record.get("settings", {})})
+    if not all(len(one) > 1 for one in told):                       # of one, nothing is known
+        return [str(Path(file).parent) for file in files]
+    keys = [key for key in ("model", "dtype", "preprocess", "window", "heads", "subword")
+            if len({str(one.get(key)) for one in told}) > 1]
+    labels = [", ".join(f"{'' if key in ('model', 'dtype') else key + ' '}{one.get(key)}" for key in keys)
+              for one in told]
+    return labels if len(set(labels)) == len(files) else [str(Path(file).parent) for file in files]
+
+
+def knockout_lines(drawn, measure="first"):
+    """What `knockout` returns -> a line for each curve: its largest mean change."""
+    unit = "%" if measure == "first" else "nats"
+    for (task, edge), (layers, mean, n) in drawn.items():
+        change, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
+        shown = f"{change:+.1f}" if measure == "first" else f"{change:+.3f}"
+        yield f"{task}, {edge}: largest mean change {shown} {unit}, around layer {layer} (n = {n})"
+
+
+def measured(file, row, measure):
+    """A row of knockout.csv -> its change, by one of MEASURES; None where the question has no two options."""
+    value, less, _ = MEASURES[measure]
+    if row[value] == "":
+        return None
+    return number(file, row, value) - (number(file, row, less) if less else 0)
+
+
+def heads(file, picture, top, measure="first"):
+    """heads.csv -> a picture: the mean change when each head alone loses the edge, a row per layer, a column per head.
+
+    -> ([(layer, head)] of the `top` largest changes, lines that list them)
+    """
+    fig, ranked, lines = heads_figure(file, top, measure)
+    save(fig, picture)
+    return ranked, lines
+
+
+def heads_figure(file, top, measure="first"):
+    """The same -> (figure, the heads, lines)."""
+    total, edge, window, asked, label = defaultdict(list), None, None, {}, MEASURES[measure][2]
+    for row in rows(file, ("question_id", "task", "edge", "window", "layer", "head", MEASURES[measure][0])):
+        place = number(file, row, "layer", whole=True, least=0), number(file, row, "head", whole=True, least=0)
+        if (change := measured(file, row, measure)) is not None:
+            total[place].append(change)
+            edge, window, asked[row["task"], row["question_id"]] = row["edge"], row["window"], None
+    if not total:
+        raise ValueError(NO_PAIR)
+    mean = np.full(np.max(list(total), axis=0) + 1, np.nan)
+    for place, values in total.items():
+        mean[place] = np.mean(values)
+    most = max(1e-9, np.nanmax(np.abs(mean)))
+    ranked = sorted(total, key=lambda place: -abs(mean[place]))[:top]
+    fig = page(max(6.0, 2.0 + 0.28 * mean.shape[1]), 1.6 + 0.2 * mean.shape[0])
+    ax = fig.subplots()
+    shown = ax.imshow(mean, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
+    for rank, (layer, head) in enumerate(ranked, 1):
+        ax.text(head, layer, rank, ha="center", va="center", fontsize=7,
+                color="white" if abs(mean[layer, head]) > 0.6 * most else "black")
+    ax.set_xlabel("head", fontsize=9)
+    ax.set_ylabel("layer" if window == "1" else f"layer at the centre of the window of {window}", fontsize=9)
+    fig.colorbar(shown, label=f"mean {label}")
+    fig.suptitle(f"{edge}, cut for one head at a time (n = {len(asked)})", fontsize=9, parse_math=False)
+    lines = [f"rank  layer  head  mean {label}"]
+    lines += [f"{rank:4}  {layer:5}  {head:4}  {mean[layer, head]:+.3f}"
+              for rank, (layer, head) in enumerate(ranked, 1)]
+    return fig, ranked, lines
+
+
+def joint_lines(file, measure="first"):
+    """joint.csv -> a line that compares the heads that rank first, cut together, with random sets of as many."""
+    change = defaultdict(list)
+    for row in rows(file, ("edge", MEASURES[measure][0])):
+        if (value := measured(file, row, measure)) is not None:
+            change[row["edge"]].append(value)
+    (first, top), *others = ((name, np.mean(values)) for name, values in change.items())
+    values = [value for _, value in others]
+    edge, _, what = first.rpartition(", ")
+    return [f"{edge}, the {what} together: {top:+.3f} (n = {len(change[first])}); {len(values)} random sets of as "
+            f"many: {np.mean(values):+.3f}, from {min(values):+.3f} to {max(values):+.3f} ({MEASURES[measure][2]})"]
 
 
 def lens(file, picture):
     """lens.csv -> a picture: a panel per task, a curve per kind of word, in percent. Returns as `knockout` does."""
+    fig, drawn = lens_figure(file)
+    save(fig, picture)
+    return drawn
+
+
+def lens_figure(file):
+    """The same -> (figure, what was drawn)."""
     how = {"raw": "the residual stream as it is (the last layer's through the final norm)",
            "final": "every layer through the final norm"}
     norms = ", ".join(how.get(norm, norm) for norm in distinct(file, "norm"))
-    return curves(file, picture, "kind", "probability", 100, f"Logit lens at the last position: {norms}",
+    return curves({"": file}, "kind", "probability", 100, f"Logit lens at the last position: {norms}",
                   "after layer (0: embedding)", "probability, %", limits=(-3, 103))
 
 
 def jaccard(file, picture):
     """jaccard.csv -> a picture: a panel per task, a curve per intervention. Returns as `knockout` does."""
     where = {"->" in name for name in distinct(file, "intervention")}   # edges: a centred window; modules: its start
-    return curves(file, picture, "intervention", "jaccard", 1,
-                  f"The question's likeliest words with and without, window {', '.join(distinct(file, 'window'))}", {
-                      (True,): "layer at the centre of the window", (False,): "first layer of the window",
-                      (False, True): "window's first layer (edges: its centre)"}[tuple(sorted(where))],
-                  "Jaccard similarity", 1, limits=(-0.03, 1.03))
+    title = f"The question's likeliest words with and without, window {', '.join(distinct(file, 'window'))}"
+    fig, drawn = curves({"": file}, "intervention", "jaccard", 1, title,
+                        {(True,): "layer at the centre of the window", (False,): "first layer of the window",
+                         (False, True): "window's first layer (edges: its centre)"}[tuple(sorted(where))],
+                        "Jaccard similarity", 1, limits=(-0.03, 1.03))
+    save(fig, picture)
+    return drawn
+
+
+def patch(file, picture):
+    """patch.csv -> a picture: a panel per task, a curve per group of tokens, in percent. Returns as `knockout` does."""
+    fig, drawn = patch_figure(file)
+    save(fig, picture)
+    return drawn
+
+
+def patch_figure(file):
+    """The same -> (figure, what was drawn)."""
+    part, direction, window = (distinct(file, name)[0] for name in ("part", "direction", "window"))
+    what = {"denoise": "clean into corrupted", "noise": "corrupted into clean"}[direction]
+    title = f"Activation patching, {what}: " + {"stream": "the residual stream", "attention": "attention's output",
+                                                "mlp": "the MLP's output"}[part]
+    title += f", {window} layers at once" if str(window) != "1" else ""
+    fig, drawn = curves({"": file}, "group", "share", 100, title,
+                        "after layer (0: embedding)" if part == "stream" else "layer",
+                        "margin recovered, %" if direction == "denoise" else "margin lost, %", 0, at_least=(-5, 105))
+    for ax in fig.axes:
+        ax.axhline(100, color="#666666", linewidth=0.8, linestyle=":", zorder=0)
+    return fig, drawn
 
 
 def prune(file, picture):
@@ -267,37 +358,71 @@ def norms(file, picture):
     save(fig, picture)
 
 
-def curves(file, picture, series, value, scale, title, x_label, y_label, level=None, limits=None, at_least=None,
-           panel="task"):
-    """A run's CSV -> a panel per value of the column `panel`, a curve over layers per value of `series`: means with
+SATURATED = 0.99                                   # a probability from which a cut can hardly change it any more
+
+
+def curves(sources, series, value, scale, title, x_label, y_label, level=None, limits=None, at_least=None, panel="task",
+           less=None):
+    """CSVs of runs -> a panel per value of the column `panel`, a curve over layers per value of `series`: means with
     95 % intervals (see Mean); below FEW questions, each one's own curve instead of the interval.
 
-    level: where a line marks "no change". limits: of the y axis, where the values have limits. at_least: a range that
-    the y axis shows in any case, so that differences by rounding do not fill the panel.
-    -> {(panel, series): (layers, means, number of questions)}
+    sources: {label: file, or list of rows}; where there are several, each has a line style of its own. less: a column
+    that is subtracted from `value`; rows in which they are empty are left out. level: where a line marks "no change".
+    limits: of the y axis, where the values have limits. at_least: a range that the y axis shows in any case, so that
+    differences by rounding do not fill the panel. Series named "NAME, random ..." are controls of NAME: their mean and
+    range are drawn in grey.
+    -> (figure, {(panel, series): (layers, means, number of questions)})
     """
-    needed = tuple(dict.fromkeys(("question_id", "task", "layer", series, value, panel)))
-    by_panel, layers, drawn, lines = defaultdict(lambda: defaultdict(Mean)), None, {}, {}
-    for (place, name, *_), mine in groupby(rows(file, needed), lambda row: (
-            row[panel], row[series], row["task"], row["question_id"], row.get("window"))):
-        points = {number(file, row, "layer", whole=True, least=0): scale * number(file, row, value) for row in mine}
-        layers = layers or list(points)
-        if list(points) != layers:
-            raise ValueError(f"{file} does not have the same layers for every question and {series}")
-        by_panel[place if panel == "task" else f"{panel} {place}"][name].add(list(points.values()))
-    names = list(dict.fromkeys(name for named in by_panel.values() for name in named))
+    needed = tuple(dict.fromkeys(("question_id", "task", "layer", series, value, panel, *([less] if less else []))))
+    controls = any(", random " in name for file in sources.values() for name in distinct(file, series))
+    by_panel, layers, drawn, lines = defaultdict(lambda: defaultdict(Mean)), {}, {}, {}
+    sure = defaultdict(dict)                                        # panel -> {question: is it sure of its answer?}
+    for label, file in sources.items():
+        for (place, name, *question), mine in groupby(rows(file, needed), lambda row: (
+                row[panel], row[series], row["task"], row["question_id"], row.get("window"))):
+            mine = [row for row in mine if row[value] != "" or not less]
+            points = {number(file, row, "layer", whole=True, least=0): scale * (
+                number(file, row, value) - (number(file, row, less) if less else 0)) for row in mine}
+            if not points:
+                continue
+            place, control = place if panel == "task" else f"{panel} {place}", ", random " in name
+            place = place, name.partition(", random ")[0] if controls else ""       # grey bands need a panel each
+            name = (f"{label}: {name}" if label and len(sources) > 1 else name, label)
+            if list(points) != layers.setdefault(name, list(points)) or not control and (
+                    list(points) != layers.setdefault(None, list(points))):
+                raise ValueError(f"{file} does not have the same layers for every question and {series}")
+            by_panel[place][name].add(list(points.values()), interval=not control)
+            sure[place][tuple(question)] = float(mine[0].get("p_base") or 0) > SATURATED
+    if not by_panel:
+        raise ValueError(NO_PAIR)
+    curve = [name for name in dict.fromkeys(name for named in by_panel.values() for name in named)
+             if ", random " not in name[0]]
+    plain = list(dict.fromkeys(name.removeprefix(f"{label}: ") for name, label in curve))
+    labels = list(dict.fromkeys(label for _, label in curve))
     fig, axes = figure(len(by_panel), title, x_label, y_label)
     for ax, (place, named) in zip(axes, by_panel.items(), strict=True):
         counts = [mean.n for mean in named.values()]
-        for name, mean in named.items():
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            style = ("-", "--", ":")[names.index(name) // len(COLOURS) % 3]
-            lines[name], = ax.plot(layers, mean.mean(), style, color=colour, linewidth=1.6, marker="o", markersize=2.5)
+        for name in (name for name in curve if name in named):
+            mean, i = named[name], plain.index(name[0].removeprefix(f"{name[1]}: "))
+            colour = COLOURS[i % len(COLOURS)]
+            style = ("-", "--", ":", "-.")[(i // len(COLOURS) if len(labels) == 1 else labels.index(name[1])) % 4]
+            lines[name[0]], = ax.plot(layers[name], mean.mean(), style, color=colour, linewidth=1.6, marker="o",
+                                      markersize=2.5)
             if mean.n < FEW:
-                ax.plot(layers, np.transpose(mean.few), style, color=colour, linewidth=0.5, alpha=0.45)
+                ax.plot(layers[name], np.transpose(mean.few), style, color=colour, linewidth=0.5, alpha=0.45)
             else:
-                ax.fill_between(layers, *mean.interval(), color=colour, alpha=0.18, linewidth=0)
-            drawn[place, name] = layers, mean.mean().tolist(), mean.n
+                ax.fill_between(layers[name], *mean.interval(), color=colour, alpha=0.18, linewidth=0)
+            drawn[place[0], name[0]] = layers[name], mean.mean().tolist(), mean.n
+            if random := [other for other in named if other[0].startswith(f"{name[0]}, random ")]:
+                values, at = np.array([named[other].mean() for other in random]), layers[random[0]]
+                grey, = ax.plot(at, values.mean(0), "o", color="#777777", linewidth=0.8, markersize=3.5, zorder=0)
+                if len(at) < len(layers[name]) / 2:                 # a few layers: bars, which promise nothing between
+                    ax.vlines(at, values.min(0), values.max(0), color="#aaaaaa", linewidth=5, alpha=0.6, zorder=0)
+                else:
+                    grey.set_linestyle("-")
+                    ax.fill_between(at, values.min(0), values.max(0), color="#999999", alpha=0.3, linewidth=0, zorder=0)
+                what = random[0][0].split(", random ")[1].split()[0]
+                lines[f"{len(values)} random {what}s: mean, lowest and highest"] = grey
         if limits:
             ax.set_ylim(limits)
         if at_least:
@@ -306,14 +431,15 @@ def curves(file, picture, series, value, scale, title, x_label, y_label, level=N
         if level is not None:
             ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
         n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
-        ax.set_title(f"{place} (n = {n})", fontsize=9, parse_math=False)
+        saturated = value == "change_percent" and sum(sure[place].values()) >= 0.9 * len(sure[place])
+        note = f"\nsaturated: P(answer) > {SATURATED} without a cut" * saturated
+        ax.set_title(f"{', '.join(filter(None, place))} (n = {n}){note}", fontsize=9, parse_math=False)
         ax.xaxis.get_major_locator().set_params(integer=True)
     legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 3),
                         fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    save(fig, picture)
-    return drawn
+    return fig, drawn
 
 
 def accuracy(file, picture):
@@ -338,102 +464,26 @@ def accuracy(file, picture):
     save(fig, picture)
 
 
-def words(title, columns, cells, shares, picture):
-    """A grid of words, layer 0 at the bottom, coloured by probability. cells, shares: a row per layer, a
-    column per name in `columns`."""
-    shares, longest = np.asarray(shares), max(len(word) for row in (columns, *cells) for word in row)
-    wide = max(5.0, 0.8 + len(columns) * max(0.6, 0.09 * longest))
-    fig = page(wide, 1.5 + 0.24 * len(cells))
-    ax = fig.subplots()
-    shown = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
-    for y, row in enumerate(cells):
-        for x, word in enumerate(row):
-            ax.text(x, y, drawable(word), ha="center", va="center", fontsize=7, parse_math=False,
-                    color="white" if shares[y, x] > 0.55 else "black")
-    ax.set_xticks(range(len(columns)), [drawable(name) for name in columns], fontsize=8,
-                  rotation=0 if longest < 6 else 30)
-    for label in ax.get_xticklabels():
-        label.set_parse_math(False)
-    ax.set_yticks(range(len(cells)), range(len(cells)), fontsize=7)
-    ax.set_ylabel("after layer (0: embedding)", fontsize=9)
-    fig.colorbar(shown, label="probability", shrink=0.6)
-    fig.suptitle(title, fontsize=9, parse_math=False)
-    save(fig, picture)
-
-
-def patch_words(image, title, boxes, cells, shares, picture):
-    """Words over the patches of a photo, coloured by probability; a panel for each of the two most frequent sizes.
-
-    image: PIL. boxes (n, 4): x0, y0, x1, y1 of each patch on the photo, NaN for none. cells, shares: n each.
-    """
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-    sizes = defaultdict(list)                                       # patches of the whole view and of tiles differ
-    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
-        if x0 == x0:
-            sizes[round((x1 - x0) * (y1 - y0), 1)].append(i)
-    kinds = sorted(sorted(sizes.values(), key=len)[-2:], key=len)
-    fig, axes = figure(len(kinds), title, "", "")
-    fig.set_size_inches(fig.get_size_inches() * (1 + max(map(len, kinds)) ** 0.5 / 12))
-    for ax, mine in zip(axes, kinds, strict=True):
-        ax.imshow(image, alpha=0.6)
-        ax.grid(False)
-        ax.axis("off")
-        for i in mine:
-            x0, y0, x1, y1 = boxes[i].tolist()
-            ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colormaps["Blues"](shares[i]),
-                                   alpha=0.45, edgecolor="white", linewidth=0.3))
-            room = 72 * fig.get_figwidth() / len(kinds) * (x1 - x0) / image.width           # points
-            ax.text((x0 + x1) / 2, (y0 + y1) / 2, drawable(cells[i])[:9], ha="center", va="center",
-                    fontsize=min(10, room / 6), parse_math=False)
-        ax.set_title(f"{len(mine)} patches", fontsize=8)
-    save(fig, picture)
-
-
-def drawable(text):
-    """Text with a box in place of each letter that the picture's font lacks, so that none is left out silently."""
-    from matplotlib import font_manager, ft2font
-    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
-    return "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "\u25a1" for c in text)
-
-
-def groups(image, grouped, boxes, annotated, picture):
-    """One question's patch groups on its photo: a panel for the whole view, one for AnyRes tiles.
-
-    image: PIL. grouped: groups.Groups. boxes (n, 4): its patches on the photo. annotated: (x, y, w, h) px.
-    """
-    from matplotlib.patches import Rectangle
-    prompt, named = grouped.prompt, grouped.named
-    first = prompt.image.start
-    kinds = [k for k in ("base_patches", "tile_patches") if k in named]
-    fig, axes = figure(len(kinds), f"{prompt.question}\n{len(named['image'])} image tokens", "", "")
-    for ax, kind in zip(axes, kinds, strict=True):
-        ax.imshow(image)
-        ax.grid(False)
-        ax.axis("off")
-        related = set(named.get("related_patches", ()))
-        for i in named[kind]:
-            x0, y0, x1, y1 = boxes[i - first].tolist()
-            if x0 == x0:                                            # NaN: a patch of padding
-                ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=i in related, facecolor=COLOURS[1] + "66",
-                                       edgecolor="white", linewidth=0.25))
-        for x, y, w, h in annotated:
-            ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=COLOURS[3], linewidth=1.5))
-        related_here = f", {len(related.intersection(named[kind]))} related" if "related_patches" in named else ""
-        ax.set_title(f"{kind}: {len(named[kind])}{related_here}", fontsize=9)
-    save(fig, picture)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", metavar="CSV", help="a run's or a figure's CSV, whatever instrument wrote it")
-    parser.add_argument("--out", metavar="PNG", help="the picture's file (beside the CSV)")
+    parser.add_argument("csv", metavar="CSV", nargs="+",
+                        help="a run's or a figure's CSV, whatever instrument wrote it; several of knockout.py's")
+    parser.add_argument("--out", metavar="FILE", help="the picture: .png, .svg or .pdf (a .png beside the first CSV)")
+    parser.add_argument("--measure", choices=MEASURES, default="first", help="of knockout.csv: see knockout.py --help")
     args = parser.parse_args()
-    picture = args.out or Path(args.csv).with_suffix(".png")
-    draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune, "group": accuracy,
+    file, picture = args.csv[0], args.out or Path(args.csv[0]).with_suffix(".png")
+    draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune, "group": accuracy, "share": patch,
             "patch": norms}
-    head = read(args.csv, ())[0]
-    next((draw[column] for column in draw if column in head), knockout)(args.csv, picture)
+    first = [next(rows(f, ())) for f in args.csv]                   # of each the first row; none: it says so
+    drawing = [next((draw[column] for column in draw if column in row), None) for row in first]
+    if len(args.csv) > 1 and any(drawing):
+        raise ValueError("several runs in one picture: knockout.csv of each")
+    if drawing[0]:
+        drawing[0](file, picture)
+    elif first[0].get("head"):
+        heads(file, picture, 10, args.measure)
+    else:
+        knockout(args.csv if len(args.csv) > 1 else file, picture, args.measure)
     print(f"wrote {picture}")
 
 

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import knockout
 import lens
 import llava_min
+import score
 import vicuna
 from groups import NAMES
 from harness import hub
@@ -79,6 +80,9 @@ def test_plain_gives_the_same_csv_as_the_sweep(call, data, checkpoint, tmp_path,
         for column in ("p_base", "p_knockout"):
             assert float(ours.pop(column)) == pytest.approx(float(theirs.pop(column)), rel=1e-5)
         assert float(ours.pop("change_percent")) == pytest.approx(float(theirs.pop("change_percent")), abs=2e-3)
+        for column in score.COLUMNS[1:]:                            # sums of logarithms, differences of logits
+            a, b = ours.pop(column), theirs.pop(column)
+            assert a == b or float(a) == pytest.approx(float(b), rel=1e-5, abs=1e-4)
         assert ours == theirs
     refused(call(knockout.main, *argv, "--out", tmp_path / "slow"), "plain", tmp_path / "slow")
 
@@ -283,11 +287,11 @@ def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(call, data, 
     assert call(knockout.main, *argv, "--out", tmp_path / "whole")[0] == 0
     honest, asked = Study.ask, []
 
-    def stopped(study, q, *how):
+    def stopped(study, q, *how, **more):
         asked.append(q.id)
         if asked == ["01", "02"]:
             raise KeyboardInterrupt
-        return honest(study, q, *how)
+        return honest(study, q, *how, **more)
     monkeypatch.setattr(Study, "ask", stopped)
     code, _, err = call(knockout.main, *argv, "--out", tmp_path / "parts")
     assert code == 130 and "same command" in err

@@ -14,7 +14,7 @@ from PIL import Image
 
 import eval_gqa
 from eval_gqa import normalize
-from harness.plots import wilson
+from harness.intervals import wilson
 from harness.questions import BUNDLED, SIX, beside, group_of, program_of, read_csv, read_gqa, task_of
 
 QUESTIONS = ["Is the cup red or blue?", "Red?", "What is to the left of the cup on the table?", "Is the cup red?"]

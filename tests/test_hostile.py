@@ -29,6 +29,7 @@ from fork import clean_pass
 from harness import hub, plots
 from harness.flags import Parser
 from harness.questions import Question, picture, read_any, read_csv
+from harness.runs import csv_text
 from knockout import curve, sweep
 from views import Geometry, open_image, views
 
@@ -70,8 +71,9 @@ def test_curves_of_another_model_do_not_suggest_x(call, curves, checkpoint, tmp_
 
 def test_an_x_of_no_layer_is_refused(call, curves, tmp_path):
     file = tmp_path / "k" / "knockout.csv"
-    header, *lines = file.read_text().splitlines()
-    file.write_text("\n".join([header, *(line.rpartition(",")[0] + ",-50.0" for line in lines)]) + "\n")
+    rows = read(file)
+    text = csv_text([rows[0].keys(), *((row | {"change_percent": "-50.0"}).values() for row in rows)])
+    file.write_text(text, encoding="utf-8")
     refused(call(prune.main, *curves), "up to the last layer", "no layer to leave the image out of")
 
 

@@ -23,14 +23,16 @@ ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py
          "siglip_vit.py": set(), "qwen2.py": set(),
          "llava_min.py": {"vicuna", "llama3", "clip_vit", "views"},
          "llava_onevision.py": {"llava_min", "qwen2", "siglip_vit", "vicuna", "views"},
-         "groups.py": {"views"}, "knockout.py": {"fork"},
+         "groups.py": {"views"}, "heads.py": set(), "score.py": {"fork"}, "knockout.py": {"fork"},
          "lens.py": {"fork", "knockout"}, "prune.py": {"fork", "knockout"}, "eval_gqa.py": {"llava_min"},
-         "harness/runs.py": set(), "harness/plots.py": set(), "harness/errors.py": set(),
+         "patch.py": {"fork", "knockout"}, "maps.py": {"fork", "knockout", "score"},
+         "harness/runs.py": set(), "harness/intervals.py": set(), "harness/errors.py": set(),
+         "harness/plots.py": {"harness.intervals"}, "harness/photos.py": {"harness.plots"},
          "offload.py": {"llava_min", "vicuna"},
          "harness/hub.py": {"llava_min", "llava_onevision", "vicuna", "offload", "harness.errors"},
          "harness/flags.py": {"groups", "harness.hub", "harness.questions"},
          "harness/questions.py": {"llava_min", "groups", "views"},
-         "harness/experiment.py": {"llava_min", "groups", "fork", "offload", "views", "harness.hub",
+         "harness/experiment.py": {"llava_min", "groups", "fork", "offload", "score", "views", "harness.hub",
                                    "harness.questions", "harness.runs"}}
 
 
@@ -69,7 +71,8 @@ def test_no_files_import_each_other_in_a_circle():
 def test_few_imports_of_ours_stand_inside_functions():
     lines = [(name, text) for name, file in FILES.items() for text in file.read_text(encoding="utf-8").splitlines()
              if re.match(rf"\s+(from|import) ({'|'.join(OURS)})\b", text)]
-    assert len(lines) <= 15 and {name for name, _ in lines} == {"knockout.py", "lens.py", "prune.py", "eval_gqa.py"}
+    assert len(lines) <= 20 and {name for name, _ in lines} == {"knockout.py", "lens.py", "prune.py", "eval_gqa.py",
+                                                                "patch.py", "maps.py"}
 
 
 def test_no_file_is_longer_than_500_lines_and_the_two_that_are_read_first_are_shorter():

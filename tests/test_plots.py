@@ -2,6 +2,7 @@
 
 harness/plots.py: that it draws every kind of CSV again, what its intervals are, and what it refuses.
 """
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import figures
 import knockout
 import lens
 import prune
-from harness import plots
+from harness import intervals, plots
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,7 +83,7 @@ def test_plots_refuses_a_csv_that_is_not_a_runs(call, tmp_path):
 
 
 def interval_of(curves):
-    mean = plots.Mean()
+    mean = intervals.Mean()
     for curve in curves:
         mean.add(curve)
     return mean.mean(), *mean.interval()
@@ -116,6 +117,72 @@ def test_below_ten_questions_each_curve_is_drawn_and_from_ten_on_an_interval(tmp
     assert [line.get_ydata().tolist() for line in thin] == [[-q, -q] for q in range(n)] * (n == 9)
 
 
+HEAD = ("question_id,task,edge,window,layer,p_base,change_percent,logp_per_token_base,logp_per_token_knockout,"
+        "margin_base,margin_knockout\n")
+
+
+def drawn_as(monkeypatch, file, *how):
+    """The figure of a knockout.csv."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda fig, file: figures.append(fig))
+    plots.knockout(file, "k.png", *how)
+    return figures[0]
+
+
+def test_each_measure_draws_its_own_column_and_a_saturated_task_is_said(tmp_path, monkeypatch):
+    (tmp_path / "k.csv").write_text(HEAD + "1,t,a->b,3,0,0.999,-2,-1,-1.5,4,1\n1,t,a->b,3,1,0.999,-4,-1,-3,4,-2\n")
+    for measure, values, label in (("first", [-2, -4], "P(answer), %"), ("answer", [-0.5, -2], "nats per token"),
+                                   ("margin", [-3, -6], "margin, nats")):
+        ax, = drawn_as(monkeypatch, tmp_path / "k.csv", measure).axes
+        assert ax.lines[0].get_ydata().tolist() == values and label in ax.get_ylabel()
+        assert ("saturated: P(answer) > 0.99" in ax.get_title()) == (measure == "first")
+    (tmp_path / "k.csv").write_text(HEAD + "1,t,a->b,3,0,0.9,-2,-1,-1.5,,\n")
+    assert "saturated" not in drawn_as(monkeypatch, tmp_path / "k.csv").axes[0].get_title()
+    with pytest.raises(ValueError, match="no question has a second option"):
+        drawn_as(monkeypatch, tmp_path / "k.csv", "margin")
+
+
+@pytest.mark.parametrize("layers, band", [((0, 1, 2, 3), True), ((1, 3), True), ((2,), False)])
+def test_controls_are_drawn_grey_and_each_edge_in_a_panel_of_its_own(tmp_path, monkeypatch, layers, band):
+    rows = [f"1,t,{edge},3,{l},0.9,{-10 * l}" for edge in ("a->b", "c->d") for l in range(4)]
+    rows += [f'1,t,"a->b, random source {i}",3,{l},0.9,{-i}' for i in (1, 2, 3) for l in layers]
+    head = "question_id,task,edge,window,layer,p_base,change_percent"
+    (tmp_path / "k.csv").write_text("\n".join([head, *rows]) + "\n")
+    fig = drawn_as(monkeypatch, tmp_path / "k.csv")
+    first, second = fig.axes
+    assert first.get_title().startswith("t, a->b (n = 1)") and second.get_title().startswith("t, c->d (n = 1)")
+    grey = [line for line in first.lines if line.get_color() == "#777777"]
+    assert [line.get_ydata().tolist() for line in grey] == [[-2.0] * len(layers)]
+    assert [line.get_xdata().tolist() for line in grey] == [list(layers)]
+    (shape,) = first.collections                                    # a band, or a bar for each of a few layers
+    assert [p.vertices[:, 1].min() for p in shape.get_paths()] == [-3] * (1 if band else len(layers))
+    assert not second.collections
+    assert "3 random sources: mean, lowest and highest" in [text.get_text() for text in fig.legends[0].get_texts()]
+
+
+def test_two_runs_in_one_picture_are_told_apart_by_style_and_by_what_differs(call, tmp_path, monkeypatch):
+    for name, window, dtype in (("A", 3, "float32"), ("B", 5, "bfloat16")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "knockout.csv").write_text(HEAD + f"1,t,a->b,{window},0,0.9,-2,-1,-1,4,1\n")
+        (tmp_path / name / "run.json").write_text(json.dumps(
+            {"csv": "knockout.csv", "model": "m", "settings": {"window": window, "dtype": dtype, "heads": None}}))
+    files = [tmp_path / name / "knockout.csv" for name in "AB"]
+    fig = drawn_as(monkeypatch, files)
+    a, b = fig.axes[0].lines[0], fig.axes[0].lines[2]               # each is followed by its one question's curve
+    assert a.get_color() == b.get_color() and a.get_linestyle() != b.get_linestyle()
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["float32, window 3: a->b",
+                                                                        "bfloat16, window 5: a->b"]
+    monkeypatch.undo()
+    for end, mark in ((".svg", b"<?xml"), (".pdf", b"%PDF"), (".png", b"\x89PNG")):
+        both = tmp_path / f"both{end}"
+        assert call(plots.main, *files, "--out", both, "--measure", "answer") == (0, f"wrote {both}\n", "")
+        assert both.read_bytes().startswith(mark)
+    (tmp_path / "B" / "run.json").unlink()                          # nothing is known of it: the folders tell
+    assert plots.run_labels(files) == [str(tmp_path / name) for name in "AB"]
+    (tmp_path / "lens.csv").write_text("question_id,task,kind,layer,probability,norm\n1,t,answer,0,0.5,raw\n")
+    refused(call(plots.main, files[0], tmp_path / "lens.csv"), "several runs in one picture: knockout.csv of each")
+
+
 def test_drawing_takes_no_more_memory_for_more_questions(tmp_path):
     """The peak of what Python allocates, for 50 and for 500 questions of one curve each."""
     peaks = []
@@ -132,7 +199,7 @@ def test_drawing_takes_no_more_memory_for_more_questions(tmp_path):
 
 def test_drawing_chooses_no_backend(tmp_path):
     (tmp_path / "k.csv").write_text("question_id,task,edge,window,layer,change_percent\n1,t,a->b,3,0,-5\n")
-    code = ("import sys, matplotlib; from harness import plots\n"
+    code = ("import sys, matplotlib; from harness import intervals, plots\n"
             "matplotlib.use('svg'); plots.knockout('k.csv', 'k.png')\n"
             "assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -142,16 +209,16 @@ def test_drawing_chooses_no_backend(tmp_path):
 
 def test_the_interval_of_a_change_is_never_nothing_and_stays_within_what_can_be():
     """Eighteen questions and half a one in each of four cells are twenty: by hand."""
-    assert plots.paired_interval([0] * 18, 0.5) == pytest.approx((-0.098, 0.098))           # 1.96 sqrt(1/20/20)
-    assert plots.paired_interval([-1] * 10 + [0] * 8, 0.9) == pytest.approx((-0.74005, -0.25995), abs=1e-5)
-    assert plots.paired_interval([-1] * 6 + [1] * 2 + [0] * 10, 0.6) == pytest.approx(
+    assert intervals.paired_interval([0] * 18, 0.5) == pytest.approx((-0.098, 0.098))           # 1.96 sqrt(1/20/20)
+    assert intervals.paired_interval([-1] * 10 + [0] * 8, 0.9) == pytest.approx((-0.74005, -0.25995), abs=1e-5)
+    assert intervals.paired_interval([-1] * 6 + [1] * 2 + [0] * 10, 0.6) == pytest.approx(
         (-0.2 - 1.96 * (0.41 / 20) ** 0.5, -0.2 + 1.96 * (0.41 / 20) ** 0.5))
-    assert plots.paired_interval([0] * 18, 0.95) == pytest.approx((-0.098, 0.05))           # accuracy ends at 100 %
-    assert plots.paired_interval([0] * 18, 0.01) == pytest.approx((-0.01, 0.098))
-    assert plots.paired_interval([-1], 0.5)[0] == -0.5
+    assert intervals.paired_interval([0] * 18, 0.95) == pytest.approx((-0.098, 0.05))           # accuracy ends at 100 %
+    assert intervals.paired_interval([0] * 18, 0.01) == pytest.approx((-0.01, 0.098))
+    assert intervals.paired_interval([-1], 0.5)[0] == -0.5
 
 
 def test_where_every_answer_was_right_the_interval_of_a_change_is_wilsons_and_has_no_upper_half():
-    low, high = plots.wilson(8, 10)                                 # 0.490, 0.943
-    assert plots.paired_interval([-1] * 2 + [0] * 8, 1.0) == pytest.approx((low - 1, high - 1))
-    assert plots.paired_interval([0] * 10, 1.0) == pytest.approx((-0.27755, 0), abs=1e-5)
+    low, high = intervals.wilson(8, 10)                                 # 0.490, 0.943
+    assert intervals.paired_interval([-1] * 2 + [0] * 8, 1.0) == pytest.approx((low - 1, high - 1))
+    assert intervals.paired_interval([0] * 10, 1.0) == pytest.approx((-0.27755, 0), abs=1e-5)

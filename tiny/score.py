@@ -8,6 +8,7 @@ Needs   eval_gqa.py, knockout.py, lens.py, harness/
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from harness.errors import one_line_errors
 from harness.experiment import load_model
 from harness.flags import Parser
 from harness.questions import BUNDLED, SIX, beside, read_gqa
-from knockout import EDGES, cut_ends
+from knockout import EDGES, Cut, cut_ends
 from lens import lens
 from tiny.world import ANSWERS, kind_of
 
@@ -57,7 +58,7 @@ def cut_everywhere(model, questions, edges):
 
     By the answer's first token, which in this world is the whole answer.
     """
-    right, layers = defaultdict(lambda: defaultdict(list)), range(len(model.decoder.layers))
+    right = defaultdict(lambda: defaultdict(list))
     for q in tqdm(questions, desc="cut in all layers", unit="question", dynamic_ncols=True):
         p, cuts = q.prompt(model), {}
         groups = q.groups(p)
@@ -67,7 +68,8 @@ def cut_everywhere(model, questions, edges):
             except EmptyGroup:                                      # a share is over the questions that have the edge
                 continue
         clean = clean_pass(model.decoder, model.embed(p), p.positions)
-        ends = cut_ends(model.decoder, clean, list(cuts.values()), [layers])
+        everywhere = [dict.fromkeys(range(len(model.decoder.layers)))]
+        ends = torch.cat(cut_ends(model.decoder, clean, [Cut(*edge, everywhere) for edge in cuts.values()]))
         for edge, token in zip(cuts, unembed(model.decoder, ends[:, 0]).argmax(-1).tolist(), strict=True):
             right[edge][q.task].append(q.right(model.words([token])))
     return {edge: {task: (len(r), sum(r) / len(r)) for task, r in sorted(right[edge].items())} for edge in edges}

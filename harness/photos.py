@@ -1,0 +1,139 @@
+"""
+harness/photos.py - pictures of one question: words over layers and positions, and what lies on which patch.
+
+Needs   matplotlib and numpy, and plots.py beside it.
+"""
+from collections import defaultdict
+
+import numpy as np
+
+from harness.plots import COLOURS, figure, page, save
+
+
+def words(title, columns, cells, shares, picture):
+    """A grid of words, layer 0 at the bottom, coloured by probability. cells, shares: a row per layer, a
+    column per name in `columns`."""
+    shares, longest = np.asarray(shares), max(len(word) for row in (columns, *cells) for word in row)
+    wide = max(5.0, 0.8 + len(columns) * max(0.6, 0.09 * longest))
+    fig = page(wide, 1.5 + 0.24 * len(cells))
+    ax = fig.subplots()
+    shown = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
+    for y, row in enumerate(cells):
+        for x, word in enumerate(row):
+            ax.text(x, y, drawable(word), ha="center", va="center", fontsize=7, parse_math=False,
+                    color="white" if shares[y, x] > 0.55 else "black")
+    ax.set_xticks(range(len(columns)), [drawable(name) for name in columns], fontsize=8,
+                  rotation=0 if longest < 6 else 30)
+    for label in ax.get_xticklabels():
+        label.set_parse_math(False)
+    ax.set_yticks(range(len(cells)), range(len(cells)), fontsize=7)
+    ax.set_ylabel("after layer (0: embedding)", fontsize=9)
+    fig.colorbar(shown, label="probability", shrink=0.6)
+    fig.suptitle(title, fontsize=9, parse_math=False)
+    save(fig, picture)
+
+
+def patch_words(image, title, boxes, cells, shares, picture):
+    """Words over the patches of a photo, coloured by probability; a panel for each of the two most frequent sizes.
+
+    image: PIL. boxes (n, 4): x0, y0, x1, y1 of each patch on the photo, NaN for none. cells, shares: n each.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+    sizes = defaultdict(list)                                       # patches of the whole view and of tiles differ
+    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        if x0 == x0:
+            sizes[round((x1 - x0) * (y1 - y0), 1)].append(i)
+    kinds = sorted(sorted(sizes.values(), key=len)[-2:], key=len)
+    fig, axes = figure(len(kinds), title, "", "")
+    fig.set_size_inches(fig.get_size_inches() * (1 + max(map(len, kinds)) ** 0.5 / 12))
+    for ax, mine in zip(axes, kinds, strict=True):
+        ax.imshow(image, alpha=0.6)
+        ax.grid(False)
+        ax.axis("off")
+        for i in mine:
+            x0, y0, x1, y1 = boxes[i].tolist()
+            ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colormaps["Blues"](shares[i]),
+                                   alpha=0.45, edgecolor="white", linewidth=0.3))
+            room = 72 * fig.get_figwidth() / len(kinds) * (x1 - x0) / image.width           # points
+            ax.text((x0 + x1) / 2, (y0 + y1) / 2, drawable(cells[i])[:9], ha="center", va="center",
+                    fontsize=min(10, room / 6), parse_math=False)
+        ax.set_title(f"{len(mine)} patches", fontsize=8)
+    save(fig, picture)
+
+
+def maps(image, rows, change, picture):
+    """map.csv's rows, as dicts, -> a picture: the photo, and over it what is attended to and what a cut changes.
+
+    image: PIL. change: (column, label) of what is drawn of the cuts. AnyRes tiles have panels of their own.
+    """
+    save(maps_figure(image, rows, change), picture)
+
+
+def maps_figure(image, rows, change):
+    """The same -> the figure."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+    first = rows[0]
+    views = [kind for kind in ([row for row in rows if row["view"] == 0], [row for row in rows if row["view"]]) if kind]
+    columns = [c for c in (("attention", "attention, % of a query's"), change) if first[c[0]] != ""]
+    cuts = "all layers" if first["all_layers"] else (
+        f"layer {first['layer']}" + (f", window {first['window']}" if first["window"] > 1 else ""))
+    title = f"{first['question']} {first['prediction']}   (blocks of the photo -> {first['target']})"
+    fig, axes = figure(1 + len(columns) * len(views), title, "", "")
+    for ax in axes:
+        ax.imshow(image)
+        ax.grid(False)
+        ax.axis("off")
+    axes[0].set_title("the photo", fontsize=8)
+    panels = iter(axes[1:])
+    for name, label in columns:
+        scale, signed = (100, False) if name == "attention" else (1, True)
+        most = max(1e-9, max(abs(scale * row[name]) for row in rows))
+        tint, norm = colormaps["RdBu" if signed else "viridis"], Normalize(-most * signed, most)
+        for mine in views:
+            ax = next(panels)
+            for row in mine:
+                if row["x0"] != "":                                 # a patch of padding is nowhere on the photo
+                    ax.add_patch(Rectangle((row["x0"], row["y0"]), row["x1"] - row["x0"], row["y1"] - row["y0"],
+                                           linewidth=0, facecolor=tint(norm(scale * row[name])), alpha=0.8))
+            where = (cuts if signed else f"layer {first['layer']}") + ", tiles" * (len(views) > 1 and mine is views[1])
+            ax.set_title(f"{label.split(',')[0]}, {where}", fontsize=8)
+            fig.colorbar(ScalarMappable(norm, tint), ax=ax, shrink=0.7).set_label(label, fontsize=8)
+    return fig
+
+
+def drawable(text):
+    """Text with a box in place of each letter that the picture's font lacks, so that none is left out silently."""
+    from matplotlib import font_manager, ft2font
+    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
+    return "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "\u25a1" for c in text)
+
+
+def groups(image, grouped, boxes, annotated, picture):
+    """One question's patch groups on its photo: a panel for the whole view, one for AnyRes tiles.
+
+    image: PIL. grouped: groups.Groups. boxes (n, 4): its patches on the photo. annotated: (x, y, w, h) px.
+    """
+    from matplotlib.patches import Rectangle
+    prompt, named = grouped.prompt, grouped.named
+    first = prompt.image.start
+    kinds = [k for k in ("base_patches", "tile_patches") if k in named]
+    fig, axes = figure(len(kinds), f"{prompt.question}\n{len(named['image'])} image tokens", "", "")
+    for ax, kind in zip(axes, kinds, strict=True):
+        ax.imshow(image)
+        ax.grid(False)
+        ax.axis("off")
+        related = set(named.get("related_patches", ()))
+        for i in named[kind]:
+            x0, y0, x1, y1 = boxes[i - first].tolist()
+            if x0 == x0:                                            # NaN: a patch of padding
+                ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=i in related, facecolor=COLOURS[1] + "66",
+                                       edgecolor="white", linewidth=0.25))
+        for x, y, w, h in annotated:
+            ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=COLOURS[3], linewidth=1.5))
+        related_here = f", {len(related.intersection(named[kind]))} related" if "related_patches" in named else ""
+        ax.set_title(f"{kind}: {len(named[kind])}{related_here}", fontsize=9)
+    save(fig, picture)
