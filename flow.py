@@ -1,0 +1,128 @@
+"""
+flow.py - the instruments in a notebook: a model, a photo and a question give a table and a figure.
+
+Use     from flow import load, ask, knock_out
+        model = load("llava-tiny")                           a registered name, a hub id or a folder
+        ask(model, "photo.jpg", "Is the cup red or blue?")   {"answer": "Red", "p": 0.98, ...}
+        knock_out(model, "photo.jpg", "Is the cup red or blue?", edges=["image->question"], options=("red", "blue"))
+Needs   the whole repository, a folder beside the notebook or on sys.path
+See     docs/own-intervention.md, for interventions that no function here makes
+
+Every function takes a photo as a file or as a PIL picture, and gives back a Result: `rows` is a list of dicts with the
+columns of the instrument's CSV, so pandas.DataFrame(result.rows) works; `figure` is matplotlib's, and is shown where
+the Result is a cell's last line. Nothing is printed or written. ValueError and FloatingPointError say what is wrong.
+"""
+import io
+from dataclasses import dataclass, field, replace
+
+import knockout
+import lens
+import maps
+import patch
+from fork import unembed
+from groups import parse_edge
+from harness import hub, photos, plots
+from harness.experiment import Asker
+from harness.flags import DataSettings, Shared
+from harness.questions import Question
+from views import open_image, to_rgb
+
+ONE = Shared(data=DataSettings())                  # what instruments read of their flags: one question, no files
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a function of this file gives back."""
+    rows: list                                     # dicts: a table
+    figure: object = field(repr=False)             # matplotlib.figure.Figure; figure.savefig("x.pdf") keeps it
+
+    def _repr_png_(self):                          # what a notebook shows
+        picture = io.BytesIO()
+        self.figure.savefig(picture, format="png", dpi=110)
+        return picture.getvalue()
+
+
+@dataclass(frozen=True)
+class Shown(Question):
+    """A question with its picture at hand, as a file or PIL."""
+    photo: object = None
+
+    def open(self):
+        return self.photo if self.photo is None else to_rgb(self.photo) if hasattr(self.photo, "mode") else (
+            open_image(self.photo))
+
+
+def load(name="llava-tiny", **how):
+    """A registered name, hub id or folder -> a model. how: dtype, device, preprocess, offload, see harness.hub.load."""
+    return hub.load(name, **how)
+
+
+def asked_of(photo, question, answer="", options=(), objects=(), boxes=()):
+    """What is known of a question -> Shown. options: both of an "A or B" question; boxes: (x, y, w, h) px."""
+    right = next((o for o in options if o.lower() == answer.lower()), "")
+    wrong = next((o for o in options if right and o != right), "")
+    return Shown("notebook", question, answer=answer, task="own question", true_option=right, false_option=wrong,
+                 options=() if right else tuple(options), objects=tuple(objects), boxes=tuple(map(tuple, boxes)),
+                 photo=photo)
+
+
+def default_window(model):
+    """The paper's 9 of 32 layers or more; a third of the layers of a small model."""
+    return min(9, max(1, len(model.decoder.layers) // 3))
+
+
+def ask(model, photo, question, top=5, **known):
+    """-> dict: answer, p of its first token, and the `top` first tokens with their probabilities. known: see
+    `asked_of`."""
+    asked = Asker(model, ONE).ask(asked_of(photo, question, **known))
+    p = unembed(model.decoder, asked.clean.stream[-1][0, -1]).float().softmax(-1).topk(top)
+    return {"answer": asked.answer, "p": asked.p, "tokens": len(asked.prompt), "image_tokens": len(asked.prompt.image),
+            "top": [(lens.spelt(model, i), v) for v, i in zip(p.values.tolist(), p.indices.tolist(), strict=True)]}
+
+
+def knock_out(model, photo, question, edges=("image->question", "image->last", "question->last"), *, window=None,
+              heads=None, measure="first", control=0, control_of="source", control_step=1, seed=0, **known):
+    """Attention knockout, see knockout.py: a row per edge and layer. known: see `asked_of`."""
+    s = knockout.Settings(replace(ONE, seed=seed), tuple(map(parse_edge, edges)), window or default_window(model),
+                          None if heads is None else tuple(heads), measure=measure, control=control,
+                          control_of=control_of, control_step=control_step)
+    rows = measured(knockout, model, asked_of(photo, question, **known), s, knockout.COLUMNS)
+    return Result(rows, plots.knockout_figure(rows, measure)[0])
+
+
+def heads_of(model, photo, question, edge, *, window=1, measure="first", top=10, **known):
+    """An edge cut for one head at a time, see heads.py: a row per layer and head."""
+    s = knockout.Settings(ONE, (parse_edge(edge),), window, per_head=top)
+    rows = measured(knockout, model, asked_of(photo, question, **known), s, knockout.COLUMNS)
+    return Result(rows, plots.heads_figure(rows, top, measure)[0])
+
+
+def lens_of(model, photo, question, *, norm="raw", **known):
+    """The logit lens at the last position, see lens.py: a row per layer and spelling of the answer's words."""
+    s = lens.Settings(ONE, norm)
+    rows = measured(lens, model, asked_of(photo, question, **known), s, lens.COLUMNS["lens.csv"])
+    return Result(rows, plots.lens_figure(rows)[0])
+
+
+def patch_in(model, photo, other, question, groups=("image", "question", "last"), *, direction="denoise", part="stream",
+             window=1, **known):
+    """Activation patching between two photos, see patch.py: a row per group and layer."""
+    s = patch.Settings(ONE, tuple(groups), "photo", other, direction=direction, part=part, window=window)
+    rows = measured(patch, model, asked_of(photo, question, **known), s, patch.COLUMNS)
+    return Result(rows, plots.patch_figure(rows)[0])
+
+
+def map_of(model, photo, question, target="last", *, layer=None, window=None, head=None, block=1, measure="first",
+           **known):
+    """Attention and causal effect of each patch, see maps.py: a row per patch."""
+    s = maps.Settings(ONE, "both", target, layer, window or default_window(model), head, block, measure)
+    shown = asked_of(photo, question, **known)
+    _, rows = maps.measure(Asker(model, s.shared), shown, s)
+    rows = [dict(zip(maps.COLUMNS, row, strict=True)) for row in rows]
+    return Result(rows, photos.maps_figure(shown.open(), rows, maps.VALUES[measure]))
+
+
+def measured(instrument, model, question, settings, columns):
+    """An instrument's own rows of one question, as dicts."""
+    _, rows, _ = instrument.measure(Asker(model, settings.shared), question, settings)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
