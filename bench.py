@@ -41,37 +41,18 @@ import clip_vit
 import fork
 import knockout
 import lens
+import patch
 import prune
+import score
 import siglip_vit
-import vicuna
+from groups import random_sets
 from harness import hub, questions
+from harness.baseline import hf_config, papers_forward, theirs_of, theirs_on_meta
 from harness.errors import one_line_errors
+from harness.experiment import control_layers, control_pool
 from harness.flags import Parser
 from harness.runs import machine, versions
 from harness.shapes import SHAPES, Question, build, facts, fill, write_checkpoint
-
-
-def theirs_on_meta(c):
-    """-> (transformers' LlamaForCausalLM of our Config, without memory, {our parameter's name: its name there})."""
-    from transformers import LlamaForCausalLM
-    with torch.device("meta"):
-        theirs = LlamaForCausalLM._from_config(hf_config(c), attn_implementation="sdpa")
-    return theirs, {vicuna.rename(name): name for name in theirs.state_dict()}
-
-
-def theirs_of(ours):
-    """transformers' LlamaForCausalLM with SDPA on the very memory of our decoder's weights."""
-    theirs, names = theirs_on_meta(ours.config)
-    theirs.load_state_dict({names[n]: p for n, p in ours.named_parameters()}, assign=True)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(ours.lm_head.weight.device)
-    return theirs.eval().requires_grad_(False)
-
-
-def hf_config(c):
-    from transformers import LlamaConfig
-    return LlamaConfig(vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-                       num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps,
-                       max_position_embeddings=c.positions, rope_theta=c.rope_base)
 
 
 def interleave(sides, repeats, device, peaks=None):
@@ -190,19 +171,6 @@ def encoders(name, width, dtype, device, with_theirs):
     return ways
 
 
-def papers_forward(theirs, encode, x, clean, blocked, layers):
-    """One point of a curve as the paper's code computes it: encode the photo, run the model with the blocked 4D mask in
-    the window's layers -> logits (V,)."""
-    def swap(module, args, kwargs):
-        return args, kwargs | {"attention_mask": blocked}
-    hooks = [theirs.model.layers[i].self_attn.register_forward_pre_hook(swap, with_kwargs=True) for i in layers]
-    encode()
-    logits = theirs(inputs_embeds=x, attention_mask=clean, use_cache=False, logits_to_keep=1).logits[0, 0]
-    for hook in hooks:
-        hook.remove()
-    return logits
-
-
 @torch.inference_mode()
 def sweep(args):
     """Knockout of figures 3-5 for one question, six edges, every layer: one pass, the plain way, the paper's way."""
@@ -219,14 +187,31 @@ def sweep(args):
     def whole(cuts):
         return knockout.sweep(decoder, q.clean(decoder), cuts, 0, k)
 
+    def controlled():
+        """What knockout.py does with --control 10."""
+        where, layers = knockout.windows(k, L), control_layers(L)
+        random = [knockout.Cut(some, target, [where[l] for l in layers]) for i, (source, target) in enumerate(q.cuts)
+                  for some in random_sets(control_pool(source, target, q.T), len(source), 10, i)]
+        run = q.clean(decoder)
+        ends = knockout.cut_ends(decoder, run, [knockout.Cut(*edge, where) for edge in q.cuts] + random)
+        score.score(decoder, torch.cat(ends), score.Answer((0,)))
+
+    def patching():
+        other = q.clean(decoder)                                    # two runs; the other has another photo
+        patch.patch_ends(decoder, q.clean(decoder), other, groups)
+
     asked, stream = q.cuts[3][1], q.clean(decoder).stream
+    groups = [q.cuts[1][0], asked, [q.T - 1]]                       # image, question, last
     sides = {"clean forward": lambda: fork.unembed(decoder, decoder(q.x, q.positions, clean)[0, -1]),
              "sweep, six edges": lambda: curves.update(sweep=whole(q.cuts)),
+             "six edges, 10 controls each": controlled,
+             "patching, three groups": patching,
              "sweep, question->last": lambda: whole(q.cuts[:1]),
              "lens, last position": lambda: lens.lens(decoder, stream, [-1]),
              "module knockout, both": lambda: lens.module_curves(decoder, q.clean(decoder), asked, k),
              "photo encoded, ours": encode[0]}
-    peaks = {}
+    peaks, chosen = {}, lambda name: not args.sides or any(word in name for word in args.sides)
+    sides = {name: run for name, run in sides.items() if chosen(name) or name in ("clean forward", "sweep, six edges")}
     seconds = interleave(sides, args.repeats, args.device, peaks)
 
     # Every point of a curve costs the other two sides the same: so many of them, evenly spread, are timed in turns.
@@ -238,6 +223,7 @@ def sweep(args):
         theirs, wide = theirs_of(decoder), clean.to(dtype)[None, None]
         slow["the paper's way"] = lambda mask, layers: papers_forward(theirs, encode[1], q.x, wide,
                                                                       mask.to(dtype)[None, None], layers)
+    slow = {name: run for name, run in slow.items() if chosen(name)}
     gaps = {name: [] for name in slow}
     for turn, (e, l) in enumerate([points[0], *timed]):             # the first is for warming up
         mask = knockout.edge_mask(decoder, q.T, *q.cuts[e]).to(args.device)
@@ -251,7 +237,12 @@ def sweep(args):
             else:
                 peaks[name] = peak(lambda run=run, mask=mask: run(mask, ()), args.device)
     one, forwards = statistics.median(seconds["clean forward"]), 1 + len(points)
+    each = [control_layers(L)] * 10                              # the draws of an edge
     counts = {"clean forward": 1, "sweep, six edges": knockout.token_layers(q.T, L, q.cuts, k),
+              "six edges, 10 controls each": knockout.token_layers(q.T, L, q.cuts, k) + sum(
+                  (q.T - min(target)) * (L - 1 - knockout.window(l, k, L).start) + 1
+                  for _, target in q.cuts for layers in each for l in layers) / (q.T * L),
+              "patching, three groups": patch.token_layers(q.T, L, groups),
               "sweep, question->last": knockout.token_layers(q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards),
               "module knockout, both": 1 + ((2 * sum(L - 1 - l for l in range(L)) + L - 1) * (q.T - min(asked))
                                             + (2 * L + 1) * len(asked)) / (q.T * L)}
@@ -460,6 +451,8 @@ def parse(parser, argv=None):
     parser.add_argument("--layers", type=parser.count, metavar="L", help="decoder layers (3; sweep: all)")
     parser.add_argument("--sample", type=parser.count, default=24, metavar="N",
                         help="sweep: points of the slow sides' curves that are timed (24)")
+    parser.add_argument("--sides", nargs="+", metavar="WORD", help="sweep: of its sides only those with WORD in their "
+                        "names, besides the clean forward and the six edges (all)")
     parser.add_argument("--after", type=parser.count, default=29, metavar="N",
                         help="sweep: tokens from the question on, 13 at least (29, the paper's median)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="sweep: its CSV (out/bench)")
