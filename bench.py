@@ -41,6 +41,7 @@ import clip_vit
 import fork
 import knockout
 import lens
+import maps
 import patch
 import prune
 import score
@@ -200,12 +201,18 @@ def sweep(args):
         other = q.clean(decoder)                                    # two runs; the other has another photo
         patch.patch_ends(decoder, q.clean(decoder), other, groups)
 
+    def mapping():
+        """maps.py: every patch -> question, in the window around the middle layer."""
+        maps.cut_blocks(decoder, q.clean(decoder), [[i] for i in q.cuts[1][0]], asked, [knockout.windows(k, L)[L // 2]],
+                        score.Answer((0,)))
+
     asked, stream = q.cuts[3][1], q.clean(decoder).stream
     groups = [q.cuts[1][0], asked, [q.T - 1]]                       # image, question, last
     sides = {"clean forward": lambda: fork.unembed(decoder, decoder(q.x, q.positions, clean)[0, -1]),
              "sweep, six edges": lambda: curves.update(sweep=whole(q.cuts)),
              "six edges, 10 controls each": controlled,
              "patching, three groups": patching,
+             "map of every patch, one window": mapping,
              "sweep, question->last": lambda: whole(q.cuts[:1]),
              "lens, last position": lambda: lens.lens(decoder, stream, [-1]),
              "module knockout, both": lambda: lens.module_curves(decoder, q.clean(decoder), asked, k),
@@ -243,6 +250,8 @@ def sweep(args):
                   (q.T - min(target)) * (L - 1 - knockout.window(l, k, L).start) + 1
                   for _, target in q.cuts for layers in each for l in layers) / (q.T * L),
               "patching, three groups": patch.token_layers(q.T, L, groups),
+              "map of every patch, one window": 1 + len(groups[0]) * (
+                  (q.T - min(asked)) * (L - 1 - knockout.window(L // 2, k, L).start) + 1) / (q.T * L),
               "sweep, question->last": knockout.token_layers(q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards),
               "module knockout, both": 1 + ((2 * sum(L - 1 - l for l in range(L)) + L - 1) * (q.T - min(asked))
                                             + (2 * L + 1) * len(asked)) / (q.T * L)}

@@ -7,15 +7,16 @@ Run     python explain.py                                    a bundled question
 Needs   the whole repository
 Paper   https://arxiv.org/abs/2411.18620: its knockout, lens and pruning, on one question
 
-    explain.html is one file that asks for nothing and opens from disk. It shows the photo, the question's tokens and
-    groups, the answer; every edge between groups cut in a window around each layer, with random sources beside it; what
-    each patch means to the question and to the last position, by cutting it and by attention; the logit lens at every
-    token; what pruning would save. Every number is in a table, too, and in the CSVs beside the page.
+    explain.html is one file that loads nothing from elsewhere and opens from disk. It shows the photo, the prompt's
+    tokens and groups, the answer; the edges from each group to the question, the options and the last position, cut in
+    a window around each layer, with random sources beside them; how much the question and the last position depend on
+    each patch, by cutting, and how much they attend to it; the logit lens at every token; what pruning would save; the
+    self-check. Every number is in a table, too, and in the CSVs beside the page.
 
 Shapes  T tokens  L layers  n image tokens  B blocks of patches
 
-Writes  explain.html, edges.csv, map.csv, lens.csv, prune.csv, run.json into --out; several questions: a folder each and
-        index.html.
+Writes  explain.html, page_edges.csv, page_map.csv, page_lens.csv, page_prune.csv, page_checks.csv into --out; several
+        questions: a folder each, and index.html. Besides, explain.csv (a row per page), run.json and thumbnail.json.
 """
 import base64
 import html
@@ -59,17 +60,17 @@ class Settings:
 
 
 class Once(experiment.Asker):
-    """Asks each question once, however many instruments ask it."""
+    """Asks a question once, however many instruments ask it in the same way."""
 
     def __init__(self, model, shared):
         super().__init__(model, shared)
         self.asked = {}
 
-    def ask(self, question, *how, **more):
-        key = question.key, how[1:2], tuple(sorted(more.items()))
-        if key not in self.asked:
-            self.asked = {key: super().ask(question, *how, **more)}
-        return self.asked[key]
+    def ask(self, question, paper_spans=False, subword="first", max_norm=None, whole=False):
+        how = question, paper_spans, subword, max_norm, whole
+        if how not in self.asked:
+            self.asked[how] = super().ask(*how)
+        return self.asked[how]
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -101,13 +102,13 @@ def measure(model, question, s):
 
 def ranges(positions):
     """Sorted positions as a list of [first, last + 1]."""
-    runs = []
+    spans = []
     for i in positions:
-        if runs and runs[-1][1] == i:
-            runs[-1][1] = i + 1
+        if spans and spans[-1][1] == i:
+            spans[-1][1] = i + 1
         else:
-            runs.append([i, i + 1])
-    return runs
+            spans.append([i, i + 1])
+    return spans
 
 
 def edges_of(one, asked, question, s):
@@ -159,16 +160,16 @@ def maps_of(d, asked, s):
     p, L = asked.prompt, len(d.layers)
     side = s.block or max(1, math.ceil(math.sqrt(len(p.image) * L / 4096)))         # about 4,096 cuts at most
     blocks = maps.blocks_of(p.slots, side)
-    places = [[p.image.start + i for i in block] for block in blocks]
-    where = [*windows(s.window, L), dict.fromkeys(range(L))]
+    positions = [[p.image.start + i for i in block] for block in blocks]
+    places = [*windows(s.window, L), dict.fromkeys(range(L))]
     base, found = score(d, asked.clean.stream[-1][0, asked.scored.read], asked.scored), {}
     for name in (name for name in MAPS if name in asked.groups.named):
         target = asked.groups.positions(name)
-        cut = maps.cut_blocks(d, asked.clean, places, target, where, asked.scored)
+        cut = maps.cut_blocks(d, asked.clean, positions, target, places, asked.scored)
         change = {"change": knockout.percent(asked.p, cut["p"].double()), "logp": (cut["logp"] - base["logp"]) /
                   len(asked.scored.ids), "margin": cut["margin"] - base["margin"] if asked.scored.pair else None}
         mass = [rows.mean(0) for rows in maps.attention_by_layer(d, asked.clean, target, range(L))]
-        found[name] = {"attention": [[row[block].sum().item() for block in places] for row in mass], **{
+        found[name] = {"attention": [[row[block].sum().item() for block in positions] for row in mass], **{
             key: v if v is None else {"layers": v[:, :L].T.tolist(), "all": v[:, L].tolist()}
             for key, v in change.items()}}
     return {"side": side, "blocks": blocks, "targets": found}
@@ -179,7 +180,7 @@ def lens_of(model, asked, s):
     shares, ids = lens.top_words(model.decoder, asked.clean.stream, list(range(asked.x.shape[1])), 1, s.norm)
     known = {}
     cells = [[known.setdefault(lens.spelt(model, i), len(known)) for i in row] for row in ids[..., 0].tolist()]
-    return {"words": list(known), "ids": cells, "p": [[round(v, 3) for v in row] for row in shares[..., 0].tolist()]}
+    return {"words": list(known), "ids": cells, "p": shares[..., 0].tolist()}
 
 
 def prune_of(one, question):
@@ -278,7 +279,8 @@ def rounded(value):
 
 def write_page(page, file):
     """The page as one file. What stands in it is data: no text of a question can end the script or become a tag."""
-    text = json.dumps(rounded(page), ensure_ascii=False, separators=(",", ":"))
+    short = page["lens"] | {"p": [[round(v, 3) for v in row] for row in page["lens"]["p"]]}     # thousands of numbers
+    text = json.dumps(rounded(page | {"lens": short}), ensure_ascii=False, separators=(",", ":"))
     text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
     template = TEMPLATE.read_text(encoding="utf-8")
     title = html.escape(f"{page['question']} {page['answer']}")
@@ -286,23 +288,30 @@ def write_page(page, file):
 
 
 def write_tables(page, folder):
-    """The CSVs beside a page: every number that it shows, with all digits."""
+    """The CSVs beside a page: every number that it shows, with all digits. An empty layer is all layers at once."""
     measures = [m for m in ("change", "logp", "margin") if m != "margin" or page["margin"] is not None]
-    edges = [("source", "target", "layer", *measures, "p")]
-    edges += [(e["source"], e["target"], l, *(e[m][l] for m in measures), p) for e in page["edges"]
-              for l, p in enumerate(e["p"])]
-    slots, blocks = page["slots"], page["maps"]["blocks"]
-    table = [("target", "layer", "patch", "view", "row", "column", "attention", *measures)]
-    table += [(name, l, b, *slots[block[0]], m["attention"][l][b], *(m[key]["layers"][l][b] for key in measures))
-              for name, m in page["maps"]["targets"].items() for l in range(page["L"])
-              for b, block in enumerate(blocks)]
-    lenses = [("layer", "token", "text", "word", "probability")]
-    lenses += [(l, i, page["tokens"][i]["t"], page["lens"]["words"][word], page["lens"]["p"][l][i])
-               for l, row in enumerate(page["lens"]["ids"]) for i, word in enumerate(row)]
+    edges = [("source", "target", "random", "layer", *measures, "p")]
+    for e in page["edges"]:
+        edge = e["source"], e["target"]
+        edges += [(*edge, "", l, *(e[m][l] for m in measures), p) for l, p in enumerate(e["p"])]
+        if control := e["control"]:
+            edges += [(*edge, name, l, *(control[m][i][k] for m in measures), "")
+                      for k, name in enumerate(("mean", "lowest", "highest")) for i, l in enumerate(control["layers"])]
+    places = [page["slots"][block[0]] for block in page["maps"]["blocks"]]
+    blocks = [("target", "layer", "block", "view", "row", "column", "attention", *measures)]
+    for name, m in page["maps"]["targets"].items():
+        blocks += [(name, l, b, *place, m["attention"][l][b], *(m[key]["layers"][l][b] for key in measures))
+                   for l in range(page["L"]) for b, place in enumerate(places)]
+        blocks += [(name, "", b, *place, "", *(m[key]["all"][b] for key in measures)) for b, place in enumerate(places)]
+    words = [("layer", "token", "text", "word", "probability")]
+    words += [(l, i, page["tokens"][i]["t"], page["lens"]["words"][word], page["lens"]["p"][l][i])
+              for l, row in enumerate(page["lens"]["ids"]) for i, word in enumerate(row)]
     pruned = [("layers", "answer", "same", "flops", "seconds"),
               *((r["layers"], r["answer"], int(r["same"]), r["flops"], r["seconds"]) for r in page["prune"])]
-    for name, rows in (("edges", edges), ("map", table), ("lens", lenses), ("prune", pruned)):
-        runs.replace_text(folder / f"{name}.csv", runs.csv_text(rows))
+    checks = [("what", "number", "held"),
+              *((*line, "" if held is None else int(held)) for *line, held in page["checks"])]
+    for name, rows in (("edges", edges), ("map", blocks), ("lens", words), ("prune", pruned), ("checks", checks)):
+        runs.replace_text(folder / f"page_{name}.csv", runs.csv_text(rows))
 
 
 INDEX = """<!DOCTYPE html>
@@ -369,7 +378,7 @@ def run(s, load=None):
     page = study.out / "explain.html"
     for text in json.loads((study.out / "thumbnail.json").read_text(encoding="utf-8")).get("findings", ()):
         print(text)
-    print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB), edges.csv, map.csv, lens.csv and prune.csv beside it")
+    print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB), and its numbers in page_*.csv beside it")
 
 
 def folder_of(question):

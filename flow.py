@@ -8,12 +8,14 @@ Use     from flow import load, ask, knock_out
 Needs   the whole repository, a folder beside the notebook or on sys.path
 See     docs/own-intervention.md, for interventions that no function here makes
 
-Every function takes a photo as a file or as a PIL picture, and gives back a Result: `rows` is a list of dicts with the
+A photo is a file or a PIL picture. `ask` gives a dict; the others give a Result: `rows` is a list of dicts with the
 columns of the instrument's CSV, so pandas.DataFrame(result.rows) works; `figure` is matplotlib's, and is shown where
 the Result is a cell's last line. Nothing is printed or written. ValueError and FloatingPointError say what is wrong.
 """
 import io
 from dataclasses import dataclass, field, replace
+
+from PIL import Image
 
 import knockout
 import lens
@@ -48,8 +50,9 @@ class Shown(Question):
     photo: object = None
 
     def open(self):
-        return self.photo if self.photo is None else to_rgb(self.photo) if hasattr(self.photo, "mode") else (
-            open_image(self.photo))
+        if self.photo is None:                     # a text-only model
+            return None
+        return to_rgb(self.photo) if isinstance(self.photo, Image.Image) else open_image(self.photo)
 
 
 def load(name="llava-tiny", **how):
@@ -67,8 +70,8 @@ def asked_of(photo, question, answer="", options=(), objects=(), boxes=()):
 
 
 def default_window(model):
-    """The paper's 9 of 32 layers or more; a third of the layers of a small model."""
-    return min(9, max(1, len(model.decoder.layers) // 3))
+    """The paper's 9; 3 for a model of fewer than 18 layers, as on the command line for the bundled ones."""
+    return 9 if len(model.decoder.layers) >= 18 else 3
 
 
 def ask(model, photo, question, top=5, **known):
@@ -104,8 +107,8 @@ def lens_of(model, photo, question, *, norm="raw", **known):
     return Result(rows, plots.lens_figure(rows)[0])
 
 
-def patch_in(model, photo, other, question, groups=("image", "question", "last"), *, direction="denoise", part="stream",
-             window=1, **known):
+def patch_in(model, photo, other, question, groups=("image", "question", "last"), *, direction="denoising",
+             part="stream", window=1, **known):
     """Activation patching between two photos, see patch.py: a row per group and layer."""
     s = patch.Settings(ONE, tuple(groups), "photo", other, direction=direction, part=part, window=window)
     rows = measured(patch, model, asked_of(photo, question, **known), s, patch.COLUMNS)

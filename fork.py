@@ -57,9 +57,9 @@ def additive(keep):
 
 
 def to_mask(keep):
-    """`additive`, for masks that somebody made: combine them as bools and convert once, here.
+    """`additive`, which checks first that every query has a key: combine masks as bools and convert once, here.
 
-    A query without a key is noticed before its softmax is NaN. ValueError names such query positions. To look, the CPU
+    A query without a key would have a softmax of NaN. ValueError names such query positions. To look, the CPU
     waits for the device that keep is on.
     """
     blind = ~keep.any(-1)
@@ -83,7 +83,8 @@ class Clean:
 
 @torch.inference_mode()
 def clean_pass(decoder, x, positions, keep=list):
-    """Embeddings x (1, T, C) at `positions` (T,), for rope, -> Clean. FloatingPointError: a layer overflows, which.
+    """Embeddings x (1, T, C) at `positions` (T,), for rope, -> Clean. FloatingPointError names the first layer with
+    a value that is not finite.
 
     keep: what makes the lists of streams and caches, such as offload.Shelf, whose items lie on disk.
     """
@@ -152,8 +153,8 @@ def not_finite(what, dtype):
 def run_branches(decoder, clean, masks, branches, read, change=None, at_once=AT_ONCE):
     """Run B branches -> the residual stream after the last layer at the positions `read` of each, (B, len(read), C).
 
-    branches: for each {layer: number of the intervention that it has there}. It forks off at its first layer, and has
-    intervention 0, which is none, in the layers that it does not name.
+    An intervention is a mask and, with `change`, whatever that does; number 0 is none. A branch is a run that has
+    interventions in some layers: {layer: number}, and none in the others. It forks off at the first of these layers.
     masks (M, 1 or H, n, T): additive, one for each intervention, for the last n tokens of the prompt. masks[0] must be
     plain causal.
     change(layer, site, x, which, at) -> x: what else an intervention does, None for nothing. It is called with x

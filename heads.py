@@ -3,7 +3,7 @@ heads.py - which attention heads carry an edge: each one alone, and the most imp
 
 Needs   nothing; knockout.py cuts what this file lists.
 Run     python knockout.py --edge "image->question" --per-head --measure margin
-Paper   after the heads' ranking of Voita et al. 2019, https://arxiv.org/abs/1905.09418, by what a cut changes
+Paper   Michel et al. 2019, https://arxiv.org/abs/1905.10650, section 3, rank heads by what the loss of one changes, too
 
     With --per-head, an edge is cut for one head of one layer at a time; how much that changes the answer ranks the
     heads. One alone may change nothing, since others do the same. So the first ones are then cut together, beside

@@ -17,7 +17,7 @@ Paper   https://arxiv.org/abs/2411.18620, Eq. 3-7, section 3.2; figures 3-5 are 
 
 Shapes  T tokens  s first target position  n = T - s tokens from there on  L layers  C width  H heads  V vocabulary
 
-Writes  knockout.csv (a row per question, edge and layer), knockout.png, run.json; heads.csv and heads.png.
+Writes  knockout.csv (a row per question, edge and layer), knockout.png, run.json; --per-head: heads.*, joint_*.csv.
 """
 import signal
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from fork import additive, causal, not_finite, probability, run_branches, to_mas
 def cut(keep, source, target, heads=None):
     """Eq. 7: queries at `target` no longer attend to keys at `source`. keep (n, T) bool -> (n, T).
 
-    source: columns of keep, a list of positions; target: rows of keep, positions less T - n, which is 0 if n = T.
+    source: columns of keep, a list of positions; target: rows of keep, the last n queries: row r is position r + T - n.
 
     cut(causal(3), [0], [2]) is  1 0 0
                                  1 1 0
@@ -60,11 +60,11 @@ class Cut(NamedTuple):
     """An edge, and the places where to cut it: a branch for each."""
     source: list                                   # positions of keys
     target: list                                   # positions of queries
-    where: list                                    # of {layer: heads that lose the edge there; None is all}
+    places: list                                   # of {layer: heads that lose the edge there; None is all}
 
 
 def windows(k, L, heads=None):
-    """Cut.where of a curve: the k layers around each layer in turn."""
+    """Cut.places of a curve: the k layers around each layer in turn."""
     return [dict.fromkeys(window(l, k, L), heads) for l in range(L)]
 
 
@@ -129,11 +129,11 @@ def curve(decoder, x, positions, source, target, token, k, heads=None):
 def plain_ends(decoder, x, positions, edge, read=(-1,)):
     """What `cut_ends` does for one Cut, with the same heads in all of its places, by one forward pass for each."""
     plain = additive(causal(x.shape[1], device=x.device))           # explicit, so that SDPA takes one kernel for all
-    heads = next(iter(edge.where[0].values()))
+    heads = next(iter(edge.places[0].values()))
     blocked = edge_mask(decoder, x.shape[1], edge.source, edge.target, heads).to(x.device)
     # Only the layers from the window on differ from the clean run, and only tokens from the first target on: everything
     # else is computed again and again. That is what `sweep` saves.
-    runs = (forward(decoder, x, positions, plain, blocked, layers) for layers in edge.where)
+    runs = (forward(decoder, x, positions, plain, blocked, layers) for layers in edge.places)
     return torch.stack([h[0, read] for h in runs])
 
 
@@ -146,8 +146,8 @@ def sweep(decoder, clean, cuts, token, k, heads=None, **how):
     """
     if not cuts:
         return []
-    where = windows(k, len(decoder.layers), None if heads is None else tuple(heads))
-    ends = torch.stack(cut_ends(decoder, clean, [Cut(*edge, where) for edge in cuts], **how))[:, :, 0]
+    places = windows(k, len(decoder.layers), None if heads is None else tuple(heads))
+    ends = torch.stack(cut_ends(decoder, clean, [Cut(*edge, places) for edge in cuts], **how))[:, :, 0]
     p = unembed(decoder, ends).float().softmax(-1)[..., token]      # (cuts, L)
     if not p.isfinite().all():                                      # only here does the CPU wait for the device
         raise not_finite("probability", ends.dtype)
@@ -164,7 +164,7 @@ def cut_ends(decoder, clean, cuts, read=(-1,), **how):
     """
     T, stream, H, ends = clean.stream[0].shape[1], clean.stream[0], decoder.config.heads, {}
     # What fork.py numbers as interventions: (number of the Cut, heads).
-    kinds = dict.fromkeys((i, heads) for i, c in enumerate(cuts) for place in c.where for heads in place.values())
+    kinds = dict.fromkeys((i, heads) for i, c in enumerate(cuts) for place in c.places for heads in place.values())
     for i, heads in kinds:
         check_edge(decoder, T, cuts[i].source, cuts[i].target, heads)
     first = [min([*c.target, T + min(read)]) for c in cuts]         # what is read is in the branch
@@ -178,9 +178,9 @@ def cut_ends(decoder, clean, cuts, read=(-1,), **how):
         masks = to_mask(torch.stack(keeps)).to(stream.device, stream.dtype)     # (M, n, T), or (M, H, n, T)
         masks = masks.view(len(keeps), -1, T - s, T)                # (M, 1 or H, n, T); the first cuts nothing
         number = {key: 1 + i for i, key in enumerate(keys)}
-        branches = [{l: number[i, heads] for l, heads in place.items()} for i in mine for place in cuts[i].where]
+        branches = [{l: number[i, heads] for l, heads in place.items()} for i in mine for place in cuts[i].places]
         parts = run_branches(decoder, clean, masks, branches, list(read), **how)
-        ends |= zip(mine, parts.split([len(cuts[i].where) for i in mine]), strict=True)
+        ends |= zip(mine, parts.split([len(cuts[i].places) for i in mine]), strict=True)
     return [ends[i] for i in range(len(cuts))]
 
 

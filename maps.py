@@ -8,14 +8,15 @@ Needs   torch, fork.py, knockout.py and score.py for the functions; the rest of 
 Matches the layers' own attention weights, and knockout.py's curves of the same patches  (tests/test_maps.py)
 Paper   Eq. 3 for attention; Eq. 7 for the cuts, with one patch as the source: not in arXiv 2411.18620
 
-    attention    how much the queries at a group of tokens attend to each patch in one layer, of 1 that each query gives
-                 out in all: the mean over heads, or one head, and over the queries. From the layer's own q and k.
+    attention    how much the queries at a group of tokens attend to each patch in one layer: its weight, or a block's
+                 sum, as the mean over queries and over heads (or of one head). A query's weights add up to 1.
     knockout     each patch (or block of patches) -> group is cut alone, in the window around a layer or in all layers:
-                 what that changes in the answer. Attention is what is read; only the cut shows what is used.
+                 what that changes in the answer. Attention shows what is attended to; only the cut shows what the
+                 answer depends on.
 
 Shapes  T tokens  m queries  L layers  H heads  n image tokens  B blocks
 
-Writes  map.csv (a row per block and map), map.png, in that folder; see --help.
+Writes  map.csv (a row per block), map.png into --out; an earlier map there is overwritten, and there is no run.json.
 """
 import signal
 from collections import defaultdict
@@ -45,7 +46,7 @@ def attention(decoder, clean, layer, queries, head=None):
 
 
 def attention_by_layer(decoder, clean, queries, layers, head=None):
-    """Yield the same for each of `layers`, which are sorted."""
+    """Yield the same, (m, T), for each of `layers`, in increasing order."""
     mask = additive(causal(clean.stream[0].shape[1], device=clean.cos.device)[queries])     # (m, T)
     for i, block in enumerate(decoder.layers):                      # in order: layers may lie on disk, see offload.py
         if i in layers:
@@ -82,9 +83,9 @@ def cut_blocks(decoder, clean, blocks, target, places, answer):
 # it, or in all layers. view 0 is the whole photo, tiles follow. block counts from 0; x0 .. y1: its place on the photo.
 COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "target", "layer", "all_layers",
            "window", "head", "view", "block", "x0", "y0", "x1", "y1", "attention", "p_base", "p_knockout",
-           "change_percent", "change_logp", "change_margin")
+           "change_percent", "change_logp_per_token", "change_margin")
 VALUES = {"first": ("change_percent", "change of P(answer), %"),
-          "answer": ("change_logp", "change of log P(answer), nats"),
+          "answer": ("change_logp_per_token", "change of log P(answer), nats per token"),
           "margin": ("change_margin", "change of the margin, nats")}
 
 
@@ -132,24 +133,26 @@ def measure(study, question, s):
     if s.measure == "margin" and not asked.scored.pair:
         raise ValueError(f"--measure margin: {asked.unpaired}")
     blocks, boxes = blocks_of(p.slots, s.block), study.patch_boxes(p)
-    places = [[p.image.start + i for i in block] for block in blocks]
-    empty = [""] * len(blocks)
-    read, cells = empty, [empty] * 5
+    positions, empty = [[p.image.start + i for i in block] for block in blocks], [""] * len(blocks)
+    attended, cells = empty, [empty] * 5
     where = L // 2 if s.layer is None else s.layer
+    if not 0 <= where < L:
+        raise ValueError(f"--layer {where}: the model has layers 0 to {L - 1}")
     if s.map != "knockout":
         mass = attention(d, asked.clean, where, target, s.head).mean(0)
-        read = [mass[block].sum().item() for block in places]
+        attended = [mass[block].sum().item() for block in positions]
     if s.map != "attention":
         place = dict.fromkeys(range(L) if s.layer is None else window(where, s.window, L),
                               None if s.head is None else (s.head,))
         base = score(d, asked.clean.stream[-1][0, asked.scored.read], asked.scored)
         ends = {name: value[:, 0].tolist() if value is not None else None
-                for name, value in cut_blocks(d, asked.clean, places, target, [place], asked.scored).items()}
+                for name, value in cut_blocks(d, asked.clean, positions, target, [place], asked.scored).items()}
         cells = [[asked.p] * len(blocks), ends["p"], [percent(asked.p, v) for v in ends["p"]],
-                 [v - base["logp"].item() for v in ends["logp"]],
+                 [(v - base["logp"].item()) / len(asked.scored.ids) for v in ends["logp"]],
                  [v - base["margin"].item() for v in ends["margin"]] if ends["margin"] else empty]
-    rows = [[*asked.first_columns, s.target, where, int(s.layer is None), s.window, "" if s.head is None else s.head,
-             p.slots[block[0], 0].item(), i, *outline(boxes[block]), read[i], *(cell[i] for cell in cells)]
+    first = [*asked.first_columns, s.target, where, int(s.layer is None), "" if s.layer is None else s.window,
+             "" if s.head is None else s.head]
+    rows = [[*first, p.slots[block[0], 0].item(), i, *outline(boxes[block]), attended[i], *(cell[i] for cell in cells)]
             for i, block in enumerate(blocks)]
     return asked, rows
 

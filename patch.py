@@ -2,9 +2,9 @@
 patch.py - activation patching: what does a group of tokens carry, and in which layer?
 
 Run     python patch.py                                      60 bundled pairs of pictures that differ in one colour
-        python patch.py --image a.jpg --donor b.jpg --question "Is the cup red or blue?" --options red,blue
+        python patch.py --image a.jpg --other b.jpg --question "Is the cup red or blue?" --options red,blue
         python patch.py --data *_ChooseAttr.csv --images photos --grey            the boxes' contents made grey instead
-        python patch.py --direction noise --part attention --group image "question - options" last
+        python patch.py --direction noising --part attention --group image "question - options" last
 Needs   torch, fork.py and knockout.py for the functions; the rest of the repository for the command line.
 Matches explicit replacement in whole forward passes  (tests/test_patch.py)
 Paper   not in arXiv 2411.18620; the method is that of Meng et al. 2022, https://arxiv.org/abs/2202.05262, section 2,
@@ -14,13 +14,14 @@ Paper   not in arXiv 2411.18620; the method is that of Meng et al. 2022, https:/
     clean, and the corrupted one, whose answer is another. Both are run. Then one is run again, and in one layer the
     residual stream at one group of positions is replaced by that of the other run:
 
-        denoise   clean into corrupted: where does the clean stream bring the clean answer back? Enough there?
-        noise     corrupted into clean: where does the corrupted stream spoil it? Needed there?
+        denoising   clean into corrupted: where is the clean stream enough to bring the clean answer back?
+        noising     corrupted into clean: where is the clean stream needed for it?
 
-    share = (margin - margin of the run patched into) / (margin of the other run - that), where the margin is
-    log p(true option) - log p(false option), see score.py; without two options, the first tokens of the two runs' own
-    answers stand for them. 0: nothing changed; 1: the other run's margin. Stream l is the one after l layers: 0 is the
-    embedding, L the last. Attention's and the MLP's outputs are those of layer l, which counts from 0.
+    share = (m - m_into) / (m_giver - m_into), with the margins of the patched run, of the run that is patched into, and
+    of the run that gives. 0: nothing changed; 1: the giver's margin. A margin is log p(true option) - log p(false
+    option), see score.py; without two options, the first tokens of the two runs' own answers stand for them. Stream l
+    is the one after l layers: 0 is the embedding, L the last. Attention's and the MLP's outputs are those of layer l,
+    which counts from 0.
 
 Shapes  T tokens  s first position of a group  n = T - s  L layers  C width  G groups  V vocabulary
 
@@ -86,25 +87,25 @@ def patched(decoder, x, positions, values, group, part, layers):
     return x
 
 
-def plain_ends(decoder, run, donor, positions, groups, part="stream", k=1):
+def plain_patch_ends(decoder, into, giver, positions, groups, part="stream", k=1):
     """What `patch_ends` gives for the last position, by a forward pass for each group and layer."""
-    values = values_of(decoder, donor, part)
+    values = values_of(decoder, giver, part)
     points = len(values)                                            # L, or L + 1 for streams
-    return [torch.stack([patched(decoder, run.stream[0], positions, values, group, part, window(l, k, points))[0, -1:]
+    return [torch.stack([patched(decoder, into.stream[0], positions, values, group, part, window(l, k, points))[0, -1:]
                          for l in range(points)]) for group in groups]
 
 
 # ---------------------------------------------------------------------------------------------------- all in one pass
 
 @torch.inference_mode()
-def patch_ends(decoder, clean, donor, groups, part="stream", k=1, read=(-1,), **how):
+def patch_ends(decoder, into, giver, groups, part="stream", k=1, read=(-1,), **how):
     """Patch each of `groups`, lists of positions, at each layer in turn -> the stream after the last layer at the
     positions `read`, counted from the end: for each group (L + 1 or L, len(read), C).
 
-    clean, donor: fork.Clean of the run that is changed and of the one that gives. k: layers patched at once, the window
-    around each. A patch is a branch that forks off `clean` with the tokens from the group's first on, see fork.py.
+    into, giver: fork.Clean of the run that is changed and of the one that gives. k: layers patched at once, the window
+    around each. A patch is a branch that forks off `into` with the tokens from the group's first on, see fork.py.
     """
-    T, L, stream = clean.stream[0].shape[1], len(decoder.layers), clean.stream[0]
+    T, L, stream = into.stream[0].shape[1], len(decoder.layers), into.stream[0]
     points, ends = L + (part == "stream"), {}
     first = [min([*group, T + min(read)]) for group in groups]
     for s in sorted(set(first)):
@@ -112,13 +113,13 @@ def patch_ends(decoder, clean, donor, groups, part="stream", k=1, read=(-1,), **
         hit = torch.zeros(1 + len(mine), T - s, 1, dtype=torch.bool)                # (interventions, n, 1); 0 is none
         for m, g in enumerate(mine, 1):
             hit[m, [i - s for i in groups[g]]] = True
-        hit, values = hit.to(stream.device), values_of(decoder, donor, part, s)
+        hit, values = hit.to(stream.device), values_of(decoder, giver, part, s)
 
         def change(layer, site, x, which, at, hit=hit, values=values):              # see fork.run_branches
             return torch.where(hit[which][:, at], values[layer][at], x) if site == part else x
         mask = additive(causal(T - s, T)).to(stream.device, stream.dtype).expand(len(hit), 1, -1, -1)
         branches = [dict.fromkeys(window(l, k, points), m) for m in range(1, len(hit)) for l in range(points)]
-        ends |= zip(mine, run_branches(decoder, clean, mask, branches, list(read), change, **how).split(points),
+        ends |= zip(mine, run_branches(decoder, into, mask, branches, list(read), change, **how).split(points),
                     strict=True)
     return [ends[g] for g in range(len(groups))]
 
@@ -132,7 +133,7 @@ def token_layers(T, L, groups, k=1):
 # ---------------------------------------------------------------------------------------------------- command line
 
 # More columns may be added later; read them by name.
-COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "donor", "donor_prediction", "group",
+COLUMNS = ("question_id", "image", "task", "question", "answer", "prediction", "other", "other_prediction", "group",
            "part", "direction", "window", "layer", "margin_clean", "margin_corrupted", "margin_patched", "share")
 
 
@@ -141,10 +142,10 @@ class Settings:
     """What the flags of a run say; --help explains each."""
     shared: object                                 # harness.flags.Shared: model, questions, folder, seed
     groups: tuple = ()                             # names of token groups
-    donor: str = "photo"                           # "photo", "grey" or "noise"
-    donors: object = None                          # the other photo (a file, or PIL), or the folder of the other photos
+    corrupt: str = "photo"                         # "photo", "grey" or "noise"
+    others: object = None                          # the other photo (a file, or PIL), or the folder of the other photos
     noise: float = 3.0                             # standard deviations of the image tokens' embeddings
-    direction: str = "denoise"
+    direction: str = "denoising"
     part: str = "stream"
     window: int = 1
     plain: bool = False
@@ -159,9 +160,10 @@ def main(argv=None):
 def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
     from harness import experiment, plots
-    study = experiment.Study(s.shared, load, donor=donor_file(s) if s.donor == "photo" else None)
-    study.open("patch.csv", COLUMNS, groups=s.groups, donor=s.donor, noise=s.noise if s.donor == "noise" else None,
-               direction=s.direction, part=s.part, window=s.window, plain=s.plain)
+    study = experiment.Study(s.shared, load, other=other_file(s) if s.corrupt == "photo" else None)
+    study.open("patch.csv", COLUMNS, groups=s.groups, corrupt=s.corrupt,
+               noise=(s.noise, s.shared.seed) if s.corrupt == "noise" else None, direction=s.direction,
+               part=s.part, window=s.window, plain=s.plain)
     for question, result in study.measured(measure, s):             # those without rows: a run can be resumed
         with study.skipping_bad(question):
             study.write(*result())                                  # synced: a crash loses one question at most
@@ -202,12 +204,13 @@ def measure(study, question, s):
         raise ValueError(f"{asked.where}: {same}")
     if same:
         return asked, (), {"patching": same}
-    into, giver, start, end = (other, asked.clean, bad, clean) if s.direction == "denoise" else (
+    into, giver, start, end = (other, asked.clean, bad, clean) if s.direction == "denoising" else (
         asked.clean, other, clean, bad)
     # Two ways to the same ends: --plain is short enough to teach from, and what the fast one is tested against.
-    ends = plain_ends(d, into, giver, asked.positions, named.values(), s.part, s.window) if s.plain else patch_ends(
-        d, into, giver, list(named.values()), s.part, s.window)
-    first = [*asked.first_columns, donor_name(question, s), said]
+    groups, how = list(named.values()), (s.part, s.window)
+    ends = plain_patch_ends(d, into, giver, asked.positions, groups, *how) if s.plain else patch_ends(
+        d, into, giver, groups, *how)
+    first = [*asked.first_columns, other_name(question, s), said]
     rows = [[*first, group, s.part, s.direction, s.window, l, clean, bad, margin, (margin - start) / (end - start)]
             for group, part in zip(named, ends, strict=True) for l, margin in enumerate(margins(part))]
     return asked, rows, lacking
@@ -216,18 +219,19 @@ def measure(study, question, s):
 def corrupted(model, asked, s):
     """The embeddings (1, T, C) of the corrupted prompt. ValueError: it is not laid out as the clean one."""
     p, question = asked.prompt, asked.question
-    if s.donor == "noise":
+    if s.corrupt == "noise":
         x, image = asked.x.clone(), list(p.image)
         noise = torch.randn(len(image), x.shape[2], generator=torch.Generator().manual_seed(s.shared.seed))
+        # The same noise for every question with as many image tokens.
         x[:, image] += s.noise * x[:, image].float().std().to(x.dtype) * noise.to(x)
         return x
-    if s.donor == "grey":
+    if s.corrupt == "grey":
         photo = question.open()
         for x, y, w, h in question.boxes:
             photo.paste((128, 128, 128), (round(x), round(y), round(x + w), round(y + h)))
         other = model.prompt(question.question, photo)
     else:
-        other = model.prompt(question.question, donor_file(s)(question))
+        other = model.prompt(question.question, other_file(s)(question))
     if other.ids != p.ids or len(other) != len(p) or not torch.equal(other.slots, p.slots):
         raise ValueError(f"{asked.where}: the two photos give different tokens: {p.size[0]}x{p.size[1]} px make "
                          f"{len(p.image)} image tokens, {other.size[0]}x{other.size[1]} px make {len(other.image)}; "
@@ -235,14 +239,14 @@ def corrupted(model, asked, s):
     return model.embed(other)
 
 
-def donor_file(s):
+def other_file(s):
     """-> a function: question -> its other photo."""
     from harness.questions import picture
-    return lambda q: picture(s.donors, q.image.stem) if s.shared.data.data else s.donors
+    return lambda q: picture(s.others, q.image.stem) if s.shared.data.data else s.others
 
 
-def donor_name(question, s):
-    file = donor_file(s)(question) if s.donor == "photo" else s.donor
+def other_name(question, s):
+    file = other_file(s)(question) if s.corrupt == "photo" else s.corrupt
     return Path(file).name if isinstance(file, str | Path) else "photo"
 
 
@@ -252,14 +256,14 @@ def parse(parser, argv=None):
     group.add_argument("--group", nargs="+", action="extend", default=[], metavar="GROUP",
                        help=f"token groups, one after the other: {parser.groups} (default: related_patches "
                             "other_patches question last; without boxes image question last)")
-    group.add_argument("--donor", metavar="FILE", help="with --image: the other photo, of the same size")
-    group.add_argument("--donors", metavar="DIR",
+    group.add_argument("--other", metavar="FILE", help="with --image: the other photo, of the same size")
+    group.add_argument("--others", metavar="DIR",
                        help="with --data: the folder of the other photos, named as in --images")
     group.add_argument("--grey", action="store_true", help="corrupt the photo itself: its boxes filled with grey")
     group.add_argument("--noise", type=parser.size, metavar="X", nargs="?", const=3.0,
                        help="corrupt the image tokens' embeddings: noise of X times their standard deviation (3)")
-    group.add_argument("--direction", choices=("denoise", "noise"), default="denoise",
-                       help="denoise: clean into corrupted; noise: corrupted into clean (default: denoise)")
+    group.add_argument("--direction", choices=("denoising", "noising"), default="denoising",
+                       help="denoising: clean into corrupted; noising: corrupted into clean (default: denoising)")
     group.add_argument("--part", choices=PARTS, default="stream", help="what is replaced (default: stream)")
     group.add_argument("--window", type=parser.count, default=1, metavar="K", help="layers patched at once (1)")
     parser.add_shared_flags("out/patch")
@@ -267,24 +271,25 @@ def parse(parser, argv=None):
                             help="a forward pass per layer and group: slow, same shares")
     args = parser.parse_args(argv)
     shared = parser.shared(args)
-    kinds = [name for name, given in (("photo", args.donor or args.donors), ("grey", args.grey),
+    kinds = [name for name, given in (("photo", args.other or args.others), ("grey", args.grey),
                                       ("noise", args.noise is not None)) if given]
     own = bool(args.image or args.question)
     if len(kinds) > 1:
-        raise ValueError("--donor or --donors, --grey and --noise cannot be combined: give one of them")
+        raise ValueError("--other or --others, --grey and --noise cannot be combined: give one of them")
     if not args.data and not own and not kinds:                     # the bundled pairs
         shared, kinds = replace(shared, data=replace(shared.data, data=(str(PAIRS / "pairs_ChooseAttr.csv"),),
                                                      images=str(PAIRS / "clean"), limit=args.limit)), ["photo"]
-        args.donors = str(PAIRS / "other")
+        args.others = str(PAIRS / "other")
     if not kinds:
-        raise ValueError(f"what corrupts the run? Give {'--donor FILE' if own else '--donors DIR'}, --grey or --noise")
+        raise ValueError(f"what corrupts the run? Give {'--other FILE' if own else '--others DIR'}, --grey or --noise")
     if args.grey and own and not args.box:
         raise ValueError("--grey needs --box X,Y,W,H: what is made grey")
-    if (donors := args.donor if own else args.donors) is None and kinds == ["photo"]:
-        raise ValueError("--donor FILE goes with --image, --donors DIR with --data")
+    if (others := args.other if own else args.others) is None and kinds == ["photo"]:
+        raise ValueError("--other FILE goes with --image, --others DIR with --data")
     groups = args.group or (("image",) if own and not args.box else ("related_patches", "other_patches")) + (
         "question", "last")
-    return Settings(shared, tuple(parser.group(name) for name in groups), kinds[0], donors, args.noise or 3.0,
+    return Settings(shared, tuple(parser.group(name) for name in groups), kinds[0], others,
+                    3.0 if args.noise is None else args.noise,
                     args.direction, args.part, args.window, args.plain)
 
 

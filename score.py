@@ -9,10 +9,10 @@ Matches teacher forcing, one whole forward pass per token  (tests/test_score.py)
 Paper   https://arxiv.org/abs/2411.18620, Eq. 6, is the first of the three
 
     p        probability of one token of the answer, its first (Eq. 6) or its last
-    logp     log-probability of the whole answer: the sum over its tokens, each given those before it. Its end is not
-             counted. In nats; longer answers have lower ones, so compare them divided by the number of tokens.
-    margin   log p(true option) - log p(false option), in nats, each by its first token that differs. Below 0, the model
-             prefers the false one. Where p is near 1, it hardly moves, and the margin still shows what a cut does.
+    logp     log-probability of the whole answer: the sum over its tokens, each given those before it, without the
+             end-of-sequence token. In nats; longer answers have lower ones, so compare them per token.
+    margin   log p(true option) - log p(false option), in nats, of the first tokens at which the two options differ.
+             Below 0, the model prefers the false one. When p is near 1, p hardly changes, but the margin still does.
 
 Shapes  m tokens of an answer  C width  V vocabulary
 """
@@ -33,7 +33,7 @@ class Answer:
 
     @property
     def read(self):
-        """The m positions that predict them, counted from the end: of the prompt with all of them but the last one."""
+        """-m .. -1: the prompt is followed by the answer without its last token, so the last m positions predict it."""
         return list(range(-len(self.ids), 0))
 
 
@@ -74,9 +74,9 @@ def columns(base, ends, answer):
 def option_pair(tokenizer, ids, said, true, false):
     """Where two options part -> ((i, a, b), ""), see Answer; or (None, why there is no such place).
 
-    ids, said: the model's answer, as tokens and as text. true, false: the options; if the first one is empty, it is
-    known of neither whether it is right. Their spelling is the model's: with a capital if its answer has one. Words
-    that both begin with count if the answer begins with them, too; else they are left out ("to the" left or right).
+    ids, said: the model's answer, as tokens and as text. true, false: the two options. Their spelling is the model's:
+    with a capital if its answer has one. Words that both begin with count if the answer begins with them, too; else
+    they are left out ("to the" left or right).
     """
     if not (true and false):
         return None, "the question has no second option; pass --options A,B"

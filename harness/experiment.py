@@ -7,7 +7,7 @@ Use     study = Study(settings.shared)
             with study.skipping_bad(question):
                 study.write(*result())             what measure(study, question, settings) returns: (Asked, rows, {})
         study.finish()
-Needs   hub.py, questions.py and runs.py beside it; llava_min.py, groups.py, views.py, fork.py and offload.py
+Needs   hub.py, questions.py, runs.py beside it; llava_min.py, groups.py, views.py, fork.py, score.py and offload.py
 Paper   https://arxiv.org/abs/2411.18620, section 4.1: only questions that the model answers correctly count
 """
 import math
@@ -82,7 +82,6 @@ class Asked:
                 lacking["->".join(edge)] = str(e)
         return cuts, lacking
 
-
     def named(self, names):
         """Names of groups -> ({name: positions}, {group that it does not have: why})."""
         found, lacking = {}, {}
@@ -99,8 +98,8 @@ class Asked:
         """--control: edges like this one with random positions in place of its source or target -> list of (name,
         layers at which it is cut, (source, target)). s: knockout.Settings.
 
-        They depend on the seed, the question and the edge alone. If there are not so many, there is none, and `lacking`
-        says why.
+        They depend on the seed, the question and the edge alone. If the pool is too small for so many different sets,
+        there is none, and `lacking` says why.
         """
         pool = control_pool(source, target, self.x.shape[1], s.control_of)
         try:
@@ -158,8 +157,9 @@ class Asker:
     def ask(self, question, paper_spans=False, subword="first", max_norm=None, whole=False):
         """Question -> Asked. The arguments are the flags of the same names.
 
-        whole: all tokens of the model's answer but the last follow the prompt, and the group `last` is every position
-        that predicts one of them. subword "last": they do so, too, but `last` is the position of the last one alone.
+        whole: append the model's answer without its last token; the group `last` is then every position that predicts a
+        token of the answer. subword "last": append it, too, but `last` is the one position that predicts its last
+        token. FloatingPointError: a value is not finite.
         """
         model, d = self.model, self.model.decoder
         prompt = question.prompt(model)
@@ -195,11 +195,11 @@ class Asker:
 class Study(Asker):
     """The questions of one run, asked one by one: resumable, each one's rows on disk before the next is asked."""
 
-    def __init__(self, shared, load=None, read=read_questions, donor=None):
+    def __init__(self, shared, load=None, read=read_questions, other=None):
         """load(model settings, checkpoint) -> LLaVA, called once and only if a question is left. read: instead of
-        `read_questions`. donor: question -> the file of its other photo. ValueError: no question is left."""
+        `read_questions`. other: question -> the file of its other photo. ValueError: no question is left."""
         m, d = shared.model, shared.data
-        self.shared, self.bad, self.load, self.run, self.donor = shared, [], load or load_model, None, donor
+        self.shared, self.bad, self.load, self.run, self.other = shared, [], load or load_model, None, other
         self.checkpoint = hub.resolve(m.name, m.revision, m.vision_tower)
         self.config = hub.read_config(self.checkpoint.files, m.preprocess)
         self.single, self.out = not d.data, Path(shared.out)
@@ -233,7 +233,7 @@ class Study(Asker):
         pictures, usable = {}, []
         for q in self.questions:
             with self.skipping_bad(), q.named():
-                for file in filter(None, (q.image, self.donor and self.donor(q)) if self.config.vision else ()):
+                for file in filter(None, (q.image, self.other and self.other(q)) if self.config.vision else ()):
                     pictures[file] = pictures.get(file) or picture_hash(file)
                 usable.append(q)
         if not usable:
@@ -241,7 +241,7 @@ class Study(Asker):
         self.questions = usable
         return {q.key: {"question": runs.text_hash(repr(q.facts())),
                         **({"picture": pictures[q.image]} if q.image in pictures else {}),
-                        **({"donor": pictures[self.donor(q)]} if self.donor else {})} for q in order(usable)}
+                        **({"other": pictures[self.other(q)]} if self.other else {})} for q in order(usable)}
 
     @property
     def csv(self):

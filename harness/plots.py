@@ -275,13 +275,13 @@ def patch(file, picture):
 def patch_figure(file):
     """The same -> (figure, what was drawn)."""
     part, direction, window = (distinct(file, name)[0] for name in ("part", "direction", "window"))
-    what = {"denoise": "clean into corrupted", "noise": "corrupted into clean"}[direction]
+    what = {"denoising": "clean into corrupted", "noising": "corrupted into clean"}[direction]
     title = f"Activation patching, {what}: " + {"stream": "the residual stream", "attention": "attention's output",
                                                 "mlp": "the MLP's output"}[part]
     title += f", {window} layers at once" if str(window) != "1" else ""
     fig, drawn = curves({"": file}, "group", "share", 100, title,
                         "after layer (0: embedding)" if part == "stream" else "layer",
-                        "margin recovered, %" if direction == "denoise" else "margin lost, %", 0, at_least=(-5, 105))
+                        "margin recovered, %" if direction == "denoising" else "margin lost, %", 0, at_least=(-5, 105))
     for ax in fig.axes:
         ax.axhline(100, color="#666666", linewidth=0.8, linestyle=":", zorder=0)
     return fig, drawn

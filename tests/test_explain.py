@@ -92,20 +92,29 @@ def test_a_map_of_one_block_of_the_whole_image_is_the_edge_image_to_question(cal
 def test_the_csvs_beside_the_page_hold_its_numbers(made):
     _, folder, _ = made
     page = data_of(folder / "explain.html")
-    edges = {(r["source"], r["target"], int(r["layer"])): r for r in read(folder / "edges.csv")}
+    edges = {(r["source"], r["target"], int(r["layer"]), r["random"]): r for r in read(folder / "page_edges.csv")}
     for e in page["edges"]:
         for l in range(page["L"]):
-            row = edges[e["source"], e["target"], l]
+            row = edges[e["source"], e["target"], l, ""]
             for name in ("change", "logp", "margin"):
                 assert float(row[name]) == pytest.approx(e[name][l], rel=1e-5, abs=1e-9)
-    for row in read(folder / "map.csv"):
-        found, l, b = page["maps"]["targets"][row["target"]], int(row["layer"]), int(row["patch"])
+        for i, l in enumerate(e["control"]["layers"]):
+            kinds = ("mean", "lowest", "highest")
+            three = [float(edges[e["source"], e["target"], l, kind]["change"]) for kind in kinds]
+            assert three == pytest.approx(e["control"]["change"][i], rel=1e-5, abs=1e-9)
+    for row in read(folder / "page_map.csv"):
+        found, b = page["maps"]["targets"][row["target"]], int(row["block"])
+        if row["layer"] == "":
+            assert float(row["margin"]) == pytest.approx(found["margin"]["all"][b], rel=1e-5, abs=1e-9)
+            continue
+        l = int(row["layer"])
         assert float(row["attention"]) == pytest.approx(found["attention"][l][b], rel=1e-5, abs=1e-9)
         assert float(row["margin"]) == pytest.approx(found["margin"]["layers"][l][b], rel=1e-5, abs=1e-9)
-    words = read(folder / "lens.csv")
+    words = read(folder / "page_lens.csv")
     assert len(words) == (page["L"] + 1) * page["T"]
+    assert len(read(folder / "page_checks.csv")) == len(page["checks"])
     assert words[-1]["word"] == page["lens"]["words"][page["lens"]["ids"][-1][-1]]
-    assert [int(r["layers"]) for r in read(folder / "prune.csv")] == [row["layers"] for row in page["prune"]]
+    assert [int(r["layers"]) for r in read(folder / "page_prune.csv")] == [row["layers"] for row in page["prune"]]
     assert all(held is not False for _, _, held in page["checks"])
 
 
@@ -191,6 +200,7 @@ def shown_table(tab, name):
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_the_slider_moves_curve_map_and_lens_together_and_the_page_shows_the_csvs_numbers(page, made):
     content = data_of(made[1] / "explain.html")
     page.locator("#layer").focus()
@@ -220,6 +230,7 @@ def test_the_slider_moves_curve_map_and_lens_together_and_the_page_shows_the_csv
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_the_keyboard_reaches_everything_and_the_address_keeps_the_state(page, made):
     reached = set()
     for _ in range(200):
@@ -252,6 +263,7 @@ def test_the_keyboard_reaches_everything_and_the_address_keeps_the_state(page, m
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.parametrize("page", [{"scheme": scheme, "width": width} for scheme in ("light", "dark")
                                   for width in (1280, 360)], indirect=True)
 def test_axe_finds_no_violation_and_nothing_is_wider_than_the_screen(page):
@@ -263,16 +275,19 @@ def test_axe_finds_no_violation_and_nothing_is_wider_than_the_screen(page):
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_a_button_saves_the_table_as_csv(page, made, tmp_path):
     with page.expect_download() as download:
         page.locator("button[data-csv=prune]").click()
     download.value.save_as(tmp_path / "prune.csv")
-    assert [r["answer"] for r in read(tmp_path / "prune.csv")] == [r["answer"] for r in read(made[1] / "prune.csv")]
+    ours, theirs = read(made[1] / "page_prune.csv"), read(tmp_path / "prune.csv")
+    assert [r["answer"] for r in theirs] == [r["answer"] for r in ours]
     page.locator("details").first.evaluate("n => n.open = true")
     with page.expect_download() as download:
         page.locator("button[data-csv=edge]").click()
     download.value.save_as(tmp_path / "edges.csv")
-    ours, theirs = read(made[1] / "edges.csv"), read(tmp_path / "edges.csv")
+    ours = [r for r in read(made[1] / "page_edges.csv") if not r["random"]]
+    theirs = read(tmp_path / "edges.csv")
     assert len(ours) == len(theirs) and torch.tensor([float(r["change"]) for r in theirs]).tolist() == pytest.approx(
         [float(r["change"]) for r in ours], rel=1e-5, abs=1e-9)
     assert window(0, 2, 4) == range(0, 1)

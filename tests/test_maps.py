@@ -112,7 +112,8 @@ def test_the_command_writes_a_row_per_block_with_its_place_and_the_numbers_of_kn
 def test_a_map_that_cannot_be_made_is_one_line(call, checkpoint, photo, tmp_path):
     own = ("--model", checkpoint("llava-1.5"), "--image", photo, "--question", "What is it?", "--out", tmp_path)
     refused(call(maps.main, *own, "--measure", "margin"), "--measure margin", "--options A,B")
-    refused(call(maps.main, *own, "--layer", 9), "layer 9", "layers 0 to 3")
+    refused(call(maps.main, *own, "--layer", 9), "--layer 9", "layers 0 to 3")
+    refused(call(maps.main, *own, "--layer", -1, "--map", "knockout"), "--layer -1", "layers 0 to 3")
     refused(call(maps.main, *own, "--head", 9), "head 9", "heads 0 to 3")
     refused(call(maps.main, *own, "--tgt", "sky"), "unknown token group")
     refused(call(maps.main, *own, "--tgt", "system"), "--tgt system comes before the image")

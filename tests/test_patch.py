@@ -15,7 +15,7 @@ import patch
 from fork import clean_pass, unembed
 from groups import token_groups
 from knockout import window
-from patch import PARTS, patch_ends, patched, plain_ends, values_of
+from patch import PARTS, patch_ends, patched, plain_patch_ends, values_of
 
 KINDS = ["llava-1.5", "llava-1.6", "llama3-next"]
 
@@ -80,7 +80,7 @@ def test_the_one_pass_is_the_plain_loop_for_groups_parts_windows_and_chunks(case
     groups = [g.positions(name) for name in ("image", "question", "last", "related_patches")]
     groups += [sorted(r.sample(range(T), 5)), [0]]
     fast = patch_ends(d, clean, other, groups, part, k, at_once=r.choice([1, 100, 512]))
-    slow = plain_ends(d, clean, other, positions, groups, part, k)
+    slow = plain_patch_ends(d, clean, other, positions, groups, part, k)
     for ours, theirs in zip(fast, slow, strict=True):
         assert ours.shape == theirs.shape == (len(d.layers) + (part == "stream"), 1, d.config.width)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
@@ -89,7 +89,7 @@ def test_the_one_pass_is_the_plain_loop_for_groups_parts_windows_and_chunks(case
 def test_in_float32_probabilities_agree_to_1e_5(case):
     d, clean, other, positions, g = case
     groups = [g.positions(name) for name in ("image", "question", "last")]
-    for ours, theirs in zip(patch_ends(d, clean, other, groups), plain_ends(d, clean, other, positions, groups),
+    for ours, theirs in zip(patch_ends(d, clean, other, groups), plain_patch_ends(d, clean, other, positions, groups),
                             strict=True):
         p, q = (unembed(d, ends).softmax(-1) for ends in (ours, theirs))
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
@@ -161,7 +161,7 @@ def both(call, tmp_path, *argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [(), ("--direction", "noise", "--part", "mlp", "--window", 2), ("--grey",),
+@pytest.mark.parametrize("how", [(), ("--direction", "noising", "--part", "mlp", "--window", 2), ("--grey",),
                                  ("--noise", "--all", "--part", "attention")])
 def test_the_bundled_pairs_are_patched_as_the_plain_way_does(call, tmp_path, how):
     data = ("--data", patch.PAIRS / "pairs_ChooseAttr.csv", "--images", patch.PAIRS / "clean")
@@ -172,7 +172,7 @@ def test_the_bundled_pairs_are_patched_as_the_plain_way_does(call, tmp_path, how
             k: v for k, v in b.items() if not k.startswith(("margin_p", "share"))}
         assert float(a["share"]) == pytest.approx(float(b["share"]), rel=1e-4, abs=1e-5)
         clean, bad, margin = (float(a[f"margin_{name}"]) for name in ("clean", "corrupted", "patched"))
-        start, end = (bad, clean) if a["direction"] == "denoise" else (clean, bad)
+        start, end = (bad, clean) if a["direction"] == "denoising" else (clean, bad)
         assert float(a["share"]) == pytest.approx((margin - start) / (end - start))
 
 
@@ -196,22 +196,22 @@ def test_a_picture_of_ones_own_and_what_cannot_be_patched(call, checkpoint, tmp_
     world.picture(60, 90).save(c)
     own = ("--model", checkpoint("llava-1.6"), "--image", a, "--question", "Is the cup red or blue?", "--options",
            "red,blue", "--out", tmp_path / "out")
-    code, _, err = call(patch.main, *own, "--donor", b, "--group", "image", "last")
+    code, _, err = call(patch.main, *own, "--other", b, "--group", "image", "last")
     assert code == 0, err
     rows = read(tmp_path / "out" / "patch.csv")
-    assert {r["donor"] for r in rows} == {"b.png"} and [r["group"] for r in rows[::5]] == ["image", "last"]
+    assert {r["other"] for r in rows} == {"b.png"} and [r["group"] for r in rows[::5]] == ["image", "last"]
     assert float(rows[-1]["share"]) == pytest.approx(1) and (tmp_path / "out" / "patch.png").exists()
-    refused(call(patch.main, *own, "--donor", b), "out", "another --out")           # other groups
+    refused(call(patch.main, *own, "--other", b), "out", "another --out")           # other groups
     own = (*own[:-1], tmp_path / "other")
-    refused(call(patch.main, *own, "--donor", c), "different tokens", "90x60", "60x90", "crop")
-    refused(call(patch.main, *own, "--donor", a), "changes neither the answer nor the margin")
-    refused(call(patch.main, *own), "--donor FILE", "--grey", "--noise")
+    refused(call(patch.main, *own, "--other", c), "different tokens", "90x60", "60x90", "crop")
+    refused(call(patch.main, *own, "--other", a), "changes neither the answer nor the margin")
+    refused(call(patch.main, *own), "--other FILE", "--grey", "--noise")
     refused(call(patch.main, *own, "--grey"), "--box")
-    refused(call(patch.main, *own, "--donor", b, "--noise"), "cannot be combined")
-    refused(call(patch.main, *own, "--donor", tmp_path / "no.png"), "no.png")
-    refused(call(patch.main, *own, "--donors", tmp_path), "--donor FILE goes with --image")
-    refused(call(patch.main, *own, "--donor", b, "--group", "sky"), "unknown token group 'sky'")
-    refused(call(patch.main, *own, "--donor", b, "--group", "related_patches"), "--box")
+    refused(call(patch.main, *own, "--other", b, "--noise"), "cannot be combined")
+    refused(call(patch.main, *own, "--other", tmp_path / "no.png"), "no.png")
+    refused(call(patch.main, *own, "--others", tmp_path), "--other FILE goes with --image")
+    refused(call(patch.main, *own, "--other", b, "--group", "sky"), "unknown token group 'sky'")
+    refused(call(patch.main, *own, "--other", b, "--group", "related_patches"), "--box")
 
 
 def test_a_window_of_streams_is_replaced_layer_by_layer(case):
