@@ -228,7 +228,7 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
-    from harness import experiment, photos, plots
+    from harness import experiment, photos, plots, summary
     study = experiment.Study(s.shared, load)
     if s.groups:
         return study.show_groups(s.edges, s.paper_spans, photos.groups)
@@ -242,9 +242,9 @@ def run(s, load=None):
     study.finish()
     picture = study.csv.with_suffix(".png")
     if s.joint:
-        return print(*plots.joint_lines(study.csv, s.measure), f"wrote {study.csv}", sep="\n")
+        return print(*summary.joint_lines(study.csv, s.measure), f"wrote {study.csv}", sep="\n")
     top, lines = plots.heads(study.csv, picture, s.per_head, s.measure) if s.per_head else (
-        (), plots.knockout_lines(plots.knockout(study.csv, picture, s.measure), s.measure))
+        (), summary.knockout_lines(plots.knockout(study.csv, picture, s.measure), s.measure))
     study.report()
     print(*lines, f"wrote {study.csv}, {picture} and {study.info}", sep="\n")
     if s.per_head:                                                  # the ranking is that of all questions

@@ -166,15 +166,6 @@ def run_labels(files):
     return labels if len(set(labels)) == len(files) else [str(Path(file).parent) for file in files]
 
 
-def knockout_lines(drawn, measure="first"):
-    """What `knockout` returns -> a line for each curve: its largest mean change."""
-    unit = "%" if measure == "first" else "nats"
-    for (task, edge), (layers, mean, n) in drawn.items():
-        change, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
-        shown = f"{change:+.1f}" if measure == "first" else f"{change:+.3f}"
-        yield f"{task}, {edge}: largest mean change {shown} {unit}, around layer {layer} (n = {n})"
-
-
 def measured(file, row, measure):
     """A row of knockout.csv -> its change, by one of MEASURES; None where the question has no two options."""
     value, less, _ = MEASURES[measure]
@@ -222,19 +213,6 @@ def heads_figure(file, top, measure="first"):
     lines += [f"{rank:4}  {layer:5}  {head:4}  {mean[layer, head]:+.3f}"
               for rank, (layer, head) in enumerate(ranked, 1)]
     return fig, ranked, lines
-
-
-def joint_lines(file, measure="first"):
-    """joint.csv -> a line that compares the heads that rank first, cut together, with random sets of as many."""
-    change = defaultdict(list)
-    for row in rows(file, ("edge", MEASURES[measure][0])):
-        if (value := measured(file, row, measure)) is not None:
-            change[row["edge"]].append(value)
-    (first, top), *others = ((name, np.mean(values)) for name, values in change.items())
-    values = [value for _, value in others]
-    edge, _, what = first.rpartition(", ")
-    return [f"{edge}, the {what} together: {top:+.3f} (n = {len(change[first])}); {len(values)} random sets of as "
-            f"many: {np.mean(values):+.3f}, from {min(values):+.3f} to {max(values):+.3f} ({MEASURES[measure][2]})"]
 
 
 def lens(file, picture):
