@@ -284,7 +284,7 @@ def write_page(page, file):
     text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
     template = TEMPLATE.read_text(encoding="utf-8")
     title = html.escape(f"{page['question']} {page['answer']}")
-    runs.replace_text(file, template.replace("<!--TITLE-->", title).replace("/*DATA*/null", text))
+    runs.replace_text(file, template.replace("/*DATA*/null", text).replace("<!--TITLE-->", title))
 
 
 def write_tables(page, folder):
@@ -349,7 +349,6 @@ def run(s, load=None):
     study = experiment.Study(s.shared, load)
     if not study.config.vision:
         raise ValueError(f"--model {s.shared.model.name} is text-only: explain.py shows a photo")
-    several = not study.single and len(study.questions) > 1
     study.open("explain.csv", COLUMNS, window=s.window, control=s.control, block=s.block, norm=s.norm,
                seed=s.shared.seed)
     made = {"model": s.shared.model.name, "weights": hub.weights_hash(study.checkpoint.files),
@@ -359,9 +358,9 @@ def run(s, load=None):
             **{f"version of {name}": v for name, v in runs.versions().items() if name in ("python", "torch")}}
     for question in study.todo():
         with study.skipping_bad(question):
-            folder = study.out / folder_of(question) if several else study.out
-            folder.mkdir(parents=True, exist_ok=True)
             page = measure(study.model, question, s) | {"made": made}
+            folder = study.out / folder_of(question, study.single)
+            folder.mkdir(parents=True, exist_ok=True)
             write_tables(page, folder)
             write_page(page, folder / "explain.html")
             short = {key: page[key] for key in ("question", "answer", "findings")} | {"photo": photo_of(question, 260)}
@@ -370,20 +369,29 @@ def run(s, load=None):
             study.run.write(question.key, [row], right=question.right(page["answer"]))
     study.finish()
     study.print_bad()
-    if several:
-        pages = [(folder_of(q), json.loads((study.out / folder_of(q) / "thumbnail.json").read_text(encoding="utf-8")))
-                 for q in study.questions if q.key in study.run.done]
+    pages = [(folder, thumbnail(study.out / folder)) for folder in (
+        folder_of(q, study.single) for q in study.questions if q.key in study.run.done)]
+    if len(pages) > 1:
         write_index(pages, s.shared.model.name, study.out / "index.html")
         return print(f"wrote {study.out / 'index.html'} and a page for each of {len(pages)} questions")
-    page = study.out / "explain.html"
-    for text in json.loads((study.out / "thumbnail.json").read_text(encoding="utf-8")).get("findings", ()):
+    for text in pages[0][1]["findings"]:
         print(text)
+    page = study.out / pages[0][0] / "explain.html"
     print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB), and its numbers in page_*.csv beside it")
 
 
-def folder_of(question):
-    """A question's folder: its key, as far as file systems take it."""
-    return re.sub("[^A-Za-z0-9._-]+", "-", question.key).strip("-.") or "question"
+def thumbnail(folder):
+    """What an index says of a page. ValueError: its files are gone."""
+    if not (folder / "thumbnail.json").is_file() or not (folder / "explain.html").is_file():
+        raise ValueError(f"{folder}: a page that was finished is gone; delete the run's folder and start again")
+    return json.loads((folder / "thumbnail.json").read_text(encoding="utf-8"))
+
+
+def folder_of(question, single=False):
+    """A question's folder, below --out: its key, as far as file systems take it. Your own question has none."""
+    name = re.sub("[^A-Za-z0-9._-]+", "-", question.key).strip("-.")
+    same = name == question.key.replace("/", "-", 1) and len(name) <= 80           # only the task's slash was changed
+    return "" if single else name if same else f"{name[:60]}-{runs.text_hash(question.key)[:8]}"
 
 
 def parse(parser, argv=None):

@@ -13,6 +13,7 @@ columns of the instrument's CSV, so pandas.DataFrame(result.rows) works; `figure
 the Result is a cell's last line. Nothing is printed or written. ValueError and FloatingPointError say what is wrong.
 """
 import io
+import os
 from dataclasses import dataclass, field, replace
 
 from PIL import Image
@@ -55,13 +56,34 @@ class Shown(Question):
         return to_rgb(self.photo) if isinstance(self.photo, Image.Image) else open_image(self.photo)
 
 
+def one_of(name, value, allowed):
+    """ValueError, if an argument is none of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, allowed))}")
+
+
+def whole(name, value, least=1, most=10 ** 6):
+    """ValueError, if an argument is no whole number in a range; None is allowed."""
+    if value is not None and (type(value) is not int or not least <= value <= most):
+        raise ValueError(f"{name} {value!r} is not a whole number from {least} to {most}")
+
+
 def load(name="llava-tiny", **how):
     """A registered name, hub id or folder -> a model. how: dtype, device, preprocess, offload, see harness.hub.load."""
     return hub.load(name, **how)
 
 
 def asked_of(photo, question, answer="", options=(), objects=(), boxes=()):
-    """What is known of a question -> Shown. options: both of an "A or B" question; boxes: (x, y, w, h) px."""
+    """What is known of a question -> Shown. options: both of an "A or B" question; boxes: (x, y, w, h) px. ValueError:
+    a photo that is no picture, options that are not two different texts, and the like."""
+    if not (photo is None or isinstance(photo, (str, os.PathLike, Image.Image))):
+        raise ValueError(f"the photo is a {type(photo).__name__}, not a file or a PIL picture")
+    if isinstance(photo, Image.Image) and min(photo.size) < 1:
+        raise ValueError("the photo has no pixels")
+    if options and (isinstance(options, str) or len(options) != 2 or options[0].lower() == options[1].lower()):
+        raise ValueError(f"options {options!r}: give two different texts, as in (\"red\", \"blue\")")
+    if any(not isinstance(box, (tuple, list)) for box in boxes):
+        raise ValueError(f"boxes {boxes!r}: give a list of (x, y, width, height)")
     right = next((o for o in options if o.lower() == answer.lower()), "")
     wrong = next((o for o in options if right and o != right), "")
     return Shown("notebook", question, answer=answer, task="own question", true_option=right, false_option=wrong,
@@ -77,6 +99,7 @@ def default_window(model):
 def ask(model, photo, question, top=5, **known):
     """-> dict: answer, p of its first token, and the `top` first tokens with their probabilities. known: see
     `asked_of`."""
+    whole("top", top, most=model.decoder.config.vocab)
     asked = Asker(model, ONE).ask(asked_of(photo, question, **known))
     p = unembed(model.decoder, asked.clean.stream[-1][0, -1]).float().softmax(-1).topk(top)
     return {"answer": asked.answer, "p": asked.p, "tokens": len(asked.prompt), "image_tokens": len(asked.prompt.image),
@@ -86,6 +109,12 @@ def ask(model, photo, question, top=5, **known):
 def knock_out(model, photo, question, edges=("image->question", "image->last", "question->last"), *, window=None,
               heads=None, measure="first", control=0, control_of="source", control_step=1, seed=0, **known):
     """Attention knockout, see knockout.py: a row per edge and layer. known: see `asked_of`."""
+    for name, value, least in (("window", window, 1), ("control", control, 0), ("control_step", control_step, 1)):
+        whole(name, value, least)
+    one_of("measure", measure, plots.MEASURES)
+    one_of("control_of", control_of, ("source", "target"))
+    if not edges or isinstance(edges, str):
+        raise ValueError(f"edges {edges!r}: give a list, as in [\"image->question\"]")
     s = knockout.Settings(replace(ONE, seed=seed), tuple(map(parse_edge, edges)), window or default_window(model),
                           None if heads is None else tuple(heads), measure=measure, control=control,
                           control_of=control_of, control_step=control_step)
@@ -95,13 +124,17 @@ def knock_out(model, photo, question, edges=("image->question", "image->last", "
 
 def heads_of(model, photo, question, edge, *, window=1, measure="first", top=10, **known):
     """An edge cut for one head at a time, see heads.py: a row per layer and head."""
-    s = knockout.Settings(ONE, (parse_edge(edge),), window, per_head=top)
+    whole("window", window)
+    whole("top", top)
+    one_of("measure", measure, plots.MEASURES)
+    s = knockout.Settings(ONE, (parse_edge(edge),), window, per_head=top, measure=measure)
     rows = measured(knockout, model, asked_of(photo, question, **known), s, knockout.COLUMNS)
     return Result(rows, plots.heads_figure(rows, top, measure)[0])
 
 
 def lens_of(model, photo, question, *, norm="raw", **known):
     """The logit lens at the last position, see lens.py: a row per layer and spelling of the answer's words."""
+    one_of("norm", norm, ("raw", "final"))
     s = lens.Settings(ONE, norm)
     rows = measured(lens, model, asked_of(photo, question, **known), s, lens.COLUMNS["lens.csv"])
     return Result(rows, plots.lens_figure(rows)[0])
@@ -110,6 +143,11 @@ def lens_of(model, photo, question, *, norm="raw", **known):
 def patch_in(model, photo, other, question, groups=("image", "question", "last"), *, direction="denoising",
              part="stream", window=1, **known):
     """Activation patching between two photos, see patch.py: a row per group and layer."""
+    whole("window", window)
+    one_of("direction", direction, ("denoising", "noising"))
+    one_of("part", part, patch.PARTS)
+    if not groups or isinstance(groups, str):
+        raise ValueError(f"groups {groups!r}: give a list, as in [\"image\", \"last\"]")
     s = patch.Settings(ONE, tuple(groups), "photo", other, direction=direction, part=part, window=window)
     rows = measured(patch, model, asked_of(photo, question, **known), s, patch.COLUMNS)
     return Result(rows, plots.patch_figure(rows)[0])
@@ -118,6 +156,9 @@ def patch_in(model, photo, other, question, groups=("image", "question", "last")
 def map_of(model, photo, question, target="last", *, layer=None, window=None, head=None, block=1, measure="first",
            **known):
     """Attention and causal effect of each patch, see maps.py: a row per patch."""
+    whole("window", window)
+    whole("block", block)
+    one_of("measure", measure, maps.VALUES)
     s = maps.Settings(ONE, "both", target, layer, window or default_window(model), head, block, measure)
     shown = asked_of(photo, question, **known)
     _, rows = maps.measure(Asker(model, s.shared), shown, s)

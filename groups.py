@@ -88,8 +88,12 @@ def canonical(text):
 
 
 def parse_edge(text):
-    """"Image->Question" -> ("image", "question"), the groups of an edge's keys (source) and queries (target)."""
-    source, arrow, target = text.partition("->")
+    """"Image->Question" -> ("image", "question"), the groups of an edge's keys (source) and queries (target).
+
+    For shells, in which > is special, image:question is the same edge; so are image>question and image→question.
+    """
+    mark = next((mark for mark in ("->", "→", ">") if mark in text), ":" if "text:" not in text.lower() else "->")
+    source, arrow, target = text.partition(mark)
     if not arrow or not source.strip() or not target.strip():
         raise ValueError(f"cannot read the edge {text!r}; write SOURCE->TARGET, as in image->question")
     return canonical(source.strip()), canonical(target.strip())

@@ -12,6 +12,7 @@ Paper   Michel et al. 2019, https://arxiv.org/abs/1905.10650, section 3, rank he
 A place is a dict {layer: heads that lose the edge there, None for all}, see knockout.Cut; a curve has one for each
 layer.
 """
+from math import comb
 
 
 def alone(places, head):
@@ -28,12 +29,12 @@ def together(places, heads):
     return merged
 
 
-def top_and_random(places, H, top, draw):
-    """The heads `top` together, and ten random sets of as many -> {name: place}.
+def top_and_random(places, heads, top, draw):
+    """The pairs `top` together, and ten random sets of as many -> {name: place}. heads: those that are drawn from.
 
     draw(things, how many, sets, what for) -> the sets, such as experiment.Asked.draw.
     """
-    every = [(layer, head) for layer in range(len(places)) for head in range(H)]
-    sets = {f"top {len(top)} heads": top}
-    sets |= {f"{len(top)} random heads, {i}": some for i, some in enumerate(draw(every, len(top), 10, "heads"), 1)}
+    every = [(layer, head) for layer in range(len(places)) for head in heads]
+    n, sets = min(10, comb(len(every), len(top))), {f"top {len(top)} heads": top}
+    sets |= {f"{len(top)} random heads, {i}": some for i, some in enumerate(draw(every, len(top), n, "heads"), 1)}
     return {name: together(places, some) for name, some in sets.items()}

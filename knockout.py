@@ -232,9 +232,9 @@ def run(s, load=None):
     study = experiment.Study(s.shared, load)
     if s.groups:
         return study.show_groups(s.edges, s.paper_spans, photos.groups)
-    name = f"joint_{s.measure}_{len(s.joint)}" if s.joint else "heads" if s.per_head else "knockout"
-    study.open(f"{name}.csv", COLUMNS, edges=["->".join(edge) for edge in s.edges], window=s.window, heads=s.heads,
-               paper_spans=s.paper_spans, subword=s.subword, plain=s.plain, max_norm=s.max_norm, joint=s.joint or None,
+    study.open(summary.csv_name(s, study.config.text), COLUMNS, edges=["->".join(edge) for edge in s.edges],
+               window=s.window, heads=s.heads, paper_spans=s.paper_spans, subword=s.subword, plain=s.plain,
+               max_norm=s.max_norm, joint=(*s.joint, s.shared.seed) if s.joint else None,
                control=(s.control, s.control_of, s.control_step, s.shared.seed) if s.control else None)
     for question, result in study.measured(measure, s):             # those without rows: a run can be resumed
         with study.skipping_bad(question):
@@ -257,7 +257,7 @@ def measure(study, question, s):
     asked, d = study.ask(question, s.paper_spans, s.subword, s.max_norm, whole=True), study.model.decoder
     if not asked.counts:                                            # as in the paper: only right answers, or --all
         return asked, (), {}
-    edges, lacking = asked.edges(s.edges)                           # {"image->question": (positions, positions)}
+    edges, lacking = asked.edges(s.edges, s.measure)                # {"image->question": (positions, positions)}
     jobs = [job for edge, places in edges.items() for job in jobs_of(d, asked, edge, *places, s, lacking)]
     read, cuts = asked.scored.read, [job[-1] for job in jobs]
     # Two ways to the same ends: --plain is short enough to teach from, and what the fast one is tested against.
@@ -277,7 +277,7 @@ def jobs_of(decoder, asked, edge, source, target, s, lacking):
     everywhere = windows(k, L, s.heads)
     if s.joint:
         return [(f"{edge}, {name}", [""], "", Cut(source, target, [place]))
-                for name, place in top_and_random(everywhere, H, s.joint, asked.draw).items()]
+                for name, place in top_and_random(everywhere, s.heads or range(H), s.joint, asked.draw).items()]
     if s.per_head:
         return [(edge, range(L), h, Cut(source, target, alone(everywhere, h))) for h in s.heads or range(H)]
     return [(edge, range(L), "", Cut(source, target, everywhere)), *(

@@ -112,8 +112,14 @@ def run(s, load=None):
     """Ask the first question, make its map, write and draw it. load: see harness.experiment.Study."""
     from harness import experiment, photos, runs
     study = experiment.Study(s.shared, load)
-    question = study.questions[0]
-    asked, rows = measure(study, question, s)
+    if not study.config.vision:
+        raise ValueError(f"--model {s.shared.model.name} is text-only: it has no map")
+    for question in study.questions:                                # the first; under --skip-bad, the first usable one
+        with study.skipping_bad():
+            asked, rows = measure(study, question, s)
+            break
+    else:
+        raise ValueError(f"no usable question: {study.bad[0]}")
     study.out.mkdir(parents=True, exist_ok=True)
     file, picture = study.out / "map.csv", study.out / "map.png"
     runs.replace_text(file, runs.csv_text([COLUMNS, *rows]))
@@ -126,11 +132,9 @@ def measure(study, question, s):
     """Ask a question, and map it -> (Asked, rows of map.csv)."""
     asked, d = study.ask(question, whole=True), study.model.decoder
     p, L, target = asked.prompt, len(d.layers), asked.groups.positions(s.target)
-    if not p.image:
-        raise ValueError("this model is text-only: it has no map")
     if max(target) < p.image.start:
         raise ValueError(f"--tgt {s.target} comes before the image, and attends to nothing of it")
-    if s.measure == "margin" and not asked.scored.pair:
+    if s.measure == "margin" and s.map != "attention" and not asked.scored.pair:
         raise ValueError(f"--measure margin: {asked.unpaired}")
     blocks, boxes = blocks_of(p.slots, s.block), study.patch_boxes(p)
     positions, empty = [[p.image.start + i for i in block] for block in blocks], [""] * len(blocks)

@@ -161,6 +161,8 @@ def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
     from harness import experiment, plots
     study = experiment.Study(s.shared, load, other=other_file(s) if s.corrupt == "photo" else None)
+    if not study.config.vision:
+        raise ValueError(f"--model {s.shared.model.name} is text-only: it has no photo to change")
     study.open("patch.csv", COLUMNS, groups=s.groups, corrupt=s.corrupt,
                noise=(s.noise, s.shared.seed) if s.corrupt == "noise" else None, direction=s.direction,
                part=s.part, window=s.window, plain=s.plain)
@@ -179,7 +181,7 @@ def run(s, load=None):
 
 def measure(study, question, s):
     """Ask a question about both pictures, and patch one run -> (Asked, rows of patch.csv, {group it lacks: why})."""
-    from score import Answer, score
+    from score import NO_OPTIONS, Answer, score
     asked, model = study.ask(question), study.model
     if not asked.counts:                                            # right answers, or --all
         return asked, (), {}
@@ -188,6 +190,10 @@ def measure(study, question, s):
     other = clean_pass(d, x, asked.positions, model.keep)
     logits = unembed(d, other.stream[-1][0, -1])
     said = model.words(model.decode(logits[None], other.caches, len(asked.prompt))[0])
+    if not asked.scored.pair and asked.unpaired != NO_OPTIONS:
+        if asked.strict:
+            raise ValueError(f"{asked.where}: {asked.unpaired}")
+        return asked, (), {"patching": asked.unpaired}
     pair = asked.scored.pair or (0, asked.token, logits.argmax().item())
     answer = Answer((asked.token,), pair=pair)
 
@@ -232,17 +238,25 @@ def corrupted(model, asked, s):
         other = model.prompt(question.question, photo)
     else:
         other = model.prompt(question.question, other_file(s)(question))
-    if other.ids != p.ids or len(other) != len(p) or not torch.equal(other.slots, p.slots):
+    if other.size != p.size:                                        # the same tokens would show other places
         raise ValueError(f"{asked.where}: the two photos give different tokens: {p.size[0]}x{p.size[1]} px make "
-                         f"{len(p.image)} image tokens, {other.size[0]}x{other.size[1]} px make {len(other.image)}; "
-                         "crop one to the size of the other")
+                         f"{len(p.image)} image tokens, {other.size[0]}x{other.size[1]} px make {len(other.image)}, "
+                         "elsewhere; crop one to the size of the other")
     return model.embed(other)
 
 
 def other_file(s):
-    """-> a function: question -> its other photo."""
+    """-> a function: question -> its other photo, which is named as the first one, with any of three endings."""
     from harness.questions import picture
-    return lambda q: picture(s.others, q.image.stem) if s.shared.data.data else s.others
+    d = s.shared.data
+
+    def find(q):
+        if not d.data:
+            return s.others
+        name = q.image.relative_to(d.images)
+        same = Path(s.others) / name
+        return same if same.exists() else picture(s.others, str(name.with_suffix("")))
+    return find
 
 
 def other_name(question, s):
@@ -286,6 +300,10 @@ def parse(parser, argv=None):
         raise ValueError("--grey needs --box X,Y,W,H: what is made grey")
     if (others := args.other if own else args.others) is None and kinds == ["photo"]:
         raise ValueError("--other FILE goes with --image, --others DIR with --data")
+    if args.others and not Path(args.others).is_dir():
+        raise ValueError(f"--others {args.others}: no such folder")
+    if args.data and not args.images:
+        raise ValueError("--data needs --images DIR, the folder of their pictures")
     groups = args.group or (("image",) if own and not args.box else ("related_patches", "other_patches")) + (
         "question", "last")
     return Settings(shared, tuple(parser.group(name) for name in groups), kinds[0], others,

@@ -71,6 +71,9 @@ def columns(base, ends, answer):
 
 # ---------------------------------------------------------------------------------------------------- two options
 
+NO_OPTIONS = "the question has no second option; pass --options A,B"
+
+
 def option_pair(tokenizer, ids, said, true, false):
     """Where two options part -> ((i, a, b), ""), see Answer; or (None, why there is no such place).
 
@@ -79,7 +82,7 @@ def option_pair(tokenizer, ids, said, true, false):
     they are left out ("to the" left or right).
     """
     if not (true and false):
-        return None, "the question has no second option; pass --options A,B"
+        return None, NO_OPTIONS
     shared = os.path.commonprefix([true.split(), false.split()])
     if shared and said.lower().split()[:len(shared)] != [word.lower() for word in shared]:
         true, false = (" ".join(option.split()[len(shared):]) for option in (true, false))
@@ -89,6 +92,8 @@ def option_pair(tokenizer, ids, said, true, false):
     i = len(os.path.commonprefix([a, b]))
     if i == min(len(a), len(b)):
         return None, f"no token tells {true!r} from {false!r} before one of them ends"
+    if tuple(a[:len(ids)]) == tuple(ids) and i >= len(ids):
+        return None, f"{true!r} and {false!r} begin with the same {i} tokens: only whole answers tell them apart"
     if tuple(a[:i]) != tuple(ids[:i]) or i >= len(ids):
         return None, f"{true!r} and {false!r} begin alike, and the model's answer {said!r} begins otherwise"
     return (i, a[i], b[i]), ""
@@ -103,7 +108,7 @@ def options_of(said, answer="", true="", false="", options=()):
     if true and false:
         return true, false
     if len(options) == 2:
-        first = next((o for o in options if o.strip().lower() == said.strip().lower()), options[0])
-        return first, next(o for o in options if o is not first)
+        a, b = options
+        return (b, a) if b.strip().lower() == said.strip().lower() else (a, b)
     other = {"yes": "no", "no": "yes"}.get((answer or said).strip().lower().rstrip("."))
     return ((answer or said).strip().lower().rstrip("."), other) if other else ("", "")

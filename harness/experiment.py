@@ -62,9 +62,12 @@ class Asked:
     def where(self):
         return self.question.where or self.question.question
 
-    def edges(self, edges):
-        """Names of groups (source, target) -> ({edge: positions of both}, {edge that it does not have: why})."""
+    def edges(self, edges, measure="first"):
+        """Names of groups (source, target) -> ({edge: positions of both}, {edge that it does not have: why}).
+        ValueError: a query would attend to nothing; or your own question has no margin, which is measured."""
         cuts, lacking = {}, {}
+        if measure == "margin" and self.strict and self.unpaired:
+            raise ValueError(f"--measure margin: {self.unpaired}")
         for edge in edges:
             try:
                 source, target = map(self.groups.positions, edge)

@@ -93,6 +93,13 @@ class Parser(argparse.ArgumentParser):
         return int(text)
 
     @staticmethod
+    def seed(text):
+        """argparse type: a whole number that torch takes as a seed."""
+        if not text.isdecimal() or int(text) >= 2 ** 63:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0, below 2^63")
+        return int(text)
+
+    @staticmethod
     def numbers(text):
         """argparse type: whole numbers from 0, separated by commas -> sorted tuple."""
         parts = text.split(",")
@@ -195,7 +202,7 @@ class Parser(argparse.ArgumentParser):
     def add_run_flags(self, out):
         self.run = self.add_argument_group("run")
         self.run.add_argument("--out", default=out, metavar="DIR", help=f"folder of the results ({out})")
-        self.run.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+        self.run.add_argument("--seed", type=self.seed, default=0, metavar="N", help="random seed (default: 0)")
 
     def add_shared_flags(self, out):
         """Those of the model, the questions and the run; more of the last can follow in self.run."""
@@ -239,6 +246,10 @@ class Parser(argparse.ArgumentParser):
             raise ValueError("--src and --tgt go together")
         if args.per_head and (args.plain or args.control):
             raise ValueError(f"--per-head and {'--plain' if args.plain else '--control'} cannot be combined")
+        if args.per_head and args.shard:
+            raise ValueError("--per-head ranks the heads of all questions together: it cannot be split into shards")
+        if args.control > 1000:
+            raise ValueError(f"--control {args.control}: 1,000 at most")
         if args.per_head and len(args.edge) + bool(args.src) != 1:
             raise ValueError("--per-head ranks heads for one edge: give it with --edge")
         args.window = args.window or (1 if args.per_head else self.window(args.model))

@@ -151,19 +151,26 @@ def is_several(file):
 
 def run_labels(files):
     """What tells several runs apart, by the run.json beside each: model, dtype, window ...; else their folders."""
-    told = []
+    told, places = [], [str(Path(file).parent) for file in files]
+    if len(set(places)) < len(files):                               # two files of one folder
+        places = list(map(str, files))
+    if len(set(places)) < len(files):
+        raise ValueError(f"{files[0]}: the same file is given twice")
     for file in files:
         info = Path(file).with_name("run.json")
-        record = json.loads(info.read_text(encoding="utf-8")) if info.exists() else {}
-        record = {record.get("csv"): record, **record.get("others", {})}.get(Path(file).name) or {}
-        told.append({"model": record.get("model"), **record.get("settings", {})})
+        try:
+            record = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {"settings": {}}
+            record = {record.get("csv"): record, **record.get("others", {})}.get(Path(file).name) or {"settings": {}}
+            told.append({"model": record.get("model"), **record["settings"]})
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
+            raise ValueError(f"{info} is not a run's record ({type(e).__name__}: {e})") from e
     if not all(len(one) > 1 for one in told):                       # of one, nothing is known
-        return [str(Path(file).parent) for file in files]
+        return places
     keys = [key for key in ("model", "dtype", "preprocess", "window", "heads", "subword")
             if len({str(one.get(key)) for one in told}) > 1]
     labels = [", ".join(f"{'' if key in ('model', 'dtype') else key + ' '}{one.get(key)}" for key in keys)
               for one in told]
-    return labels if len(set(labels)) == len(files) else [str(Path(file).parent) for file in files]
+    return labels if len(set(labels)) == len(files) else places
 
 
 def measured(file, row, measure):
@@ -194,6 +201,8 @@ def heads_figure(file, top, measure="first"):
             edge, window, asked[row["task"], row["question_id"]] = row["edge"], row["window"], None
     if not total:
         raise ValueError(NO_PAIR)
+    if max(map(max, total)) > 10_000:
+        raise ValueError(f"{file}: layer or head {max(map(max, total))} is not one of a model")
     mean = np.full(np.max(list(total), axis=0) + 1, np.nan)
     for place, values in total.items():
         mean[place] = np.mean(values)
@@ -352,7 +361,10 @@ def curves(sources, series, value, scale, title, x_label, y_label, level=None, l
     -> (figure, {(panel, series): (layers, means, number of questions)})
     """
     needed = tuple(dict.fromkeys(("question_id", "task", "layer", series, value, panel, *([less] if less else []))))
-    controls = any(", random " in name for file in sources.values() for name in distinct(file, series))
+    names = {name for file in sources.values() for name in distinct(file, series)}
+    controls = any(", random " in name for name in names)
+    panels = len({place for file in sources.values() for place in distinct(file, panel)})
+    apart = controls and panels * sum(", random " not in name for name in names) <= 60
     by_panel, layers, drawn, lines = defaultdict(lambda: defaultdict(Mean)), {}, {}, {}
     sure = defaultdict(dict)                                        # panel -> {question: is it sure of its answer?}
     for label, file in sources.items():
@@ -364,13 +376,13 @@ def curves(sources, series, value, scale, title, x_label, y_label, level=None, l
             if not points:
                 continue
             place, control = place if panel == "task" else f"{panel} {place}", ", random " in name
-            place = place, name.partition(", random ")[0] if controls else ""       # grey bands need a panel each
+            place = place, name.partition(", random ")[0] if apart else ""          # grey bands need a panel each
             name = (f"{label}: {name}" if label and len(sources) > 1 else name, label)
             if list(points) != layers.setdefault(name, list(points)) or not control and (
                     list(points) != layers.setdefault(None, list(points))):
                 raise ValueError(f"{file} does not have the same layers for every question and {series}")
             by_panel[place][name].add(list(points.values()), interval=not control)
-            sure[place][tuple(question)] = float(mine[0].get("p_base") or 0) > SATURATED
+            sure[place][tuple(question)] = bool(mine[0].get("p_base")) and number(file, mine[0], "p_base") > SATURATED
     if not by_panel:
         raise ValueError(NO_PAIR)
     curve = [name for name in dict.fromkeys(name for named in by_panel.values() for name in named)
@@ -450,11 +462,13 @@ def main():
     parser.add_argument("--measure", choices=MEASURES, default="first", help="of knockout.csv: see knockout.py --help")
     args = parser.parse_args()
     file, picture = args.csv[0], args.out or Path(args.csv[0]).with_suffix(".png")
-    draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune, "group": accuracy, "share": patch,
+    draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune, "share": patch, "group": accuracy,
             "patch": norms}
     first = [next(rows(f, ())) for f in args.csv]                   # of each the first row; none: it says so
     drawing = [next((draw[column] for column in draw if column in row), None) for row in first]
-    if len(args.csv) > 1 and any(drawing):
+    if odd := [f for f, row in zip(args.csv, first, strict=True) if row.get("layer") == "" or "attention" in row]:
+        raise ValueError(f"{odd[0]}: what this run wrote is not drawn from its CSV alone")
+    if len(args.csv) > 1 and (any(drawing) or any(row.get("head") for row in first)):
         raise ValueError("several runs in one picture: knockout.csv of each")
     if drawing[0]:
         drawing[0](file, picture)

@@ -474,8 +474,8 @@ def own_question(d, vision):
                          f"{'--question TEXT' if not d.question else '--image FILE'}")
     answer = (d.answer or "").strip()
     options = tuple(o.strip() for o in (d.options or "").split(",") if o.strip())
-    if d.options and len(options) != 2:
-        raise ValueError(f"--options {d.options}: give two, separated by a comma")
+    if d.options and len({o.lower() for o in options}) != 2:
+        raise ValueError(f"--options {d.options}: give two different ones, separated by a comma")
     right = next((o for o in options if is_right(o, answer)), "")
     if answer and options and not right:
         raise ValueError(f"--answer {answer} is not one of --options {d.options}")

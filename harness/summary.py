@@ -1,13 +1,25 @@
 """
-harness/summary.py - the lines that a run of knockout.py prints at its end.
+harness/summary.py - what a run of knockout.py is called, and the lines that it prints at its end.
 
-Needs   numpy, and plots.py beside it.
+Needs   numpy; plots.py and runs.py beside it.
 """
 from collections import defaultdict
 
 import numpy as np
 
 from harness.plots import MEASURES, measured, rows
+from harness.runs import text_hash
+
+
+def csv_name(s, config):
+    """The CSV that a run with knockout.Settings s writes. ValueError: --per-head asks for more heads than there are."""
+    every = config.layers * len(s.heads or range(config.heads))
+    if s.per_head > every:
+        raise ValueError(f"--per-head {s.per_head}: there are {every} heads to rank")
+    if s.joint:                                                     # more questions may rank other heads first
+        return f"joint_{s.measure}_{len(s.joint)}_{text_hash(str(s.joint))[:6]}.csv"
+    return "heads.csv" if s.per_head else "knockout.csv"
+
 
 LINES = 10                                         # so many of a run's curves are printed
 

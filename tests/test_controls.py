@@ -150,11 +150,23 @@ def test_per_head_ranks_heads_and_cuts_the_first_ones_beside_random_sets(call, c
     top = sorted(change, key=lambda place: -abs(sum(change[place])))[:3]
     listed = [tuple(map(int, line.split()[1:3])) for line in stdout.splitlines() if line[:4].strip() in ("1", "2", "3")]
     assert listed == top and (tmp_path / "heads.png").exists()
-    joint = read(tmp_path / "joint_answer_3.csv")
+    joint = read(next(tmp_path.glob("joint_answer_3_*.csv")))
     assert len(joint) == 3 * 11 and joint[0]["edge"] == "image->last, top 3 heads" and joint[0]["layer"] == ""
     assert "the top 3 heads together" in stdout and "10 random sets of as many" in stdout
     code, again, err = call(knockout.main, *argv, "--edge", "image->last")         # all questions are done: drawn again
     assert code == 0 and again == stdout, err
+    few = ("--model", checkpoint("llava-1.5"), *data, "--all", "--per-head", 2, "--edge", "image->last", "--out",
+           tmp_path / "few")
+    for limit in (1, 3):                                            # a larger run may rank other heads first
+        assert call(knockout.main, *few, "--limit", limit)[0] == 0
+    every = (*few[:-1], tmp_path / "heads", "--heads", "1", "--limit", 1)
+    refused(call(knockout.main, *every, "--per-head", 5), "--per-head 5: there are 4 heads to rank")
+    code, stdout, err = call(knockout.main, *every, "--per-head", 4)
+    assert code == 0 and "1 random sets of as many" in stdout, err   # all four: there is one set of them
+    first, *others = read(next((tmp_path / "heads").glob("joint_first_4_*.csv")))
+    assert len(others) == 1 and float(others[0]["p_knockout"]) == pytest.approx(float(first["p_knockout"]), rel=1e-5)
+    refused(call(knockout.main, *argv, "--edge", "image->last", "--shard", "0/2"), "--per-head", "shards")
+    refused(call(knockout.main, *data, "--control", 100_000_000, "--out", tmp_path / "no"), "--control", "1,000")
     refused(call(knockout.main, *argv), "--per-head", "one edge")
     refused(call(knockout.main, *argv, "--edge", "image->last", "question->last"), "one edge")
     refused(call(knockout.main, *argv, "--edge", "image->last", "--plain"), "--per-head and --plain")

@@ -131,11 +131,12 @@ def test_findings_say_their_numbers_and_hedge_a_probability_near_1(made):
 
 
 def test_words_of_a_question_cannot_become_markup(call, checkpoint, photo, tmp_path):
-    hostile = "Is it </script><img src=x onerror=alert(1)> or <b>&amp;</b> \u2028?"
+    hostile = "/*DATA*/null <!--TITLE--> Is it </script><img src=x onerror=alert(1)> or <b>&amp;</b> \u2028?"
     code, _, err = call(explain.main, "--model", checkpoint("llava-1.5"), "--image", photo, "--question", hostile,
                         "--out", tmp_path)
     assert code == 0, err
     text = (tmp_path / "explain.html").read_text(encoding="utf-8")
+    assert len(re.search("<title>(.*?)</title>", text, re.DOTALL)[1]) < 300
     assert text.count("</script>") == 1 and "<img src=x" not in text
     assert data_of(tmp_path / "explain.html")["question"] == hostile
 
@@ -145,6 +146,7 @@ def test_several_questions_have_a_page_each_and_an_index_and_a_run_is_resumed(ca
     code, stdout, err = call(explain.main, *argv, "--limit", 2)
     assert code == 0 and "2 questions" in stdout, err
     before = (tmp_path / "out" / "ChooseAttr-01" / "explain.html").stat().st_mtime_ns
+    assert not (tmp_path / "out" / "ChooseAttr-03").exists()
     code, stdout, err = call(explain.main, *argv)
     assert code == 0 and "3 questions" in stdout, err
     assert (tmp_path / "out" / "ChooseAttr-01" / "explain.html").stat().st_mtime_ns == before
@@ -153,6 +155,23 @@ def test_several_questions_have_a_page_each_and_an_index_and_a_run_is_resumed(ca
         assert (tmp_path / "out" / link).exists()
     assert index.count("<li>") == 3 and "Is the lamp on or off?" in index
     assert all(e["control"] is None for e in data_of(tmp_path / "out" / "ChooseAttr-03" / "explain.html")["edges"])
+
+
+def test_a_run_grows_from_one_question_and_folders_do_not_collide(call, data, checkpoint, tmp_path):
+    argv = ("--model", checkpoint("llava-1.5"), *data, "--all", "--control", 0, "--out", tmp_path / "out")
+    assert call(explain.main, *argv, "--limit", 1)[0] == 0
+    assert (tmp_path / "out" / "ChooseAttr-01" / "explain.html").exists()
+    code, stdout, err = call(explain.main, *argv, "--limit", 2)
+    assert code == 0 and "index.html" in stdout, err
+    (tmp_path / "out" / "ChooseAttr-01" / "thumbnail.json").unlink()
+    refused(call(explain.main, *argv, "--limit", 2), "ChooseAttr-01", "start again")
+
+    class Q:
+        def __init__(self, key):
+            self.key = key
+    names = [explain.folder_of(Q(f"T/{i}")) for i in ("a/b", "a-b", "é", "ü", "x" * 300, "x" * 301, "a")]
+    assert len(set(names)) == 7 and max(map(len, names)) <= 80 and names[-1] == "T-a"
+    assert explain.folder_of(Q("own question/own"), single=True) == ""
 
 
 def test_what_has_no_page_is_one_line(call, checkpoint, photo, tmp_path):
@@ -260,6 +279,10 @@ def test_the_keyboard_reaches_everything_and_the_address_keeps_the_state(page, m
     page.goto(address)
     assert (page.inner_text("#curve-text"), page.inner_text("#lens-title")) == (curve, title)
     assert page.locator("#measure").input_value() == "logp"
+    page.goto("about:blank")
+    page.requests.clear()
+    page.goto(address.partition("#")[0] + "#edge=%E0&map=constructor&layer=1&__proto__=3")       # somebody's typing
+    assert "layer=" not in page.inner_text("#curve-text") and page.inner_text("#layer-text").startswith("1 ")
 
 
 @pytest.mark.slow

@@ -70,6 +70,21 @@ def test_a_photo_may_be_a_file_or_a_picture_and_a_question_is_answered(model, ph
         flow.knock_out(m, photo, QUESTION, ["sky->last"])
 
 
+@pytest.mark.parametrize("call", [
+    lambda m, f: flow.knock_out(m, f, QUESTION, window=0), lambda m, f: flow.knock_out(m, f, QUESTION, measure="x"),
+    lambda m, f: flow.knock_out(m, f, QUESTION, edges=()), lambda m, f: flow.knock_out(m, f, QUESTION, control=-1),
+    lambda m, f: flow.knock_out(m, f, QUESTION, control_of="x"),
+    lambda m, f: flow.heads_of(m, f, QUESTION, "image->last", top=0),
+    lambda m, f: flow.knock_out(m, f, QUESTION, options="red,blue"), lambda m, f: flow.ask(m, b"x", QUESTION),
+    lambda m, f: flow.knock_out(m, f, QUESTION, options=("red", "Red")), lambda m, f: flow.ask(m, f, QUESTION, top=-1),
+    lambda m, f: flow.patch_in(m, f, f, QUESTION, part="x"), lambda m, f: flow.patch_in(m, f, f, QUESTION, groups=()),
+    lambda m, f: flow.patch_in(m, f, f, QUESTION, direction="x"), lambda m, f: flow.map_of(m, f, QUESTION, block=0),
+    lambda m, f: flow.lens_of(m, f, QUESTION, norm="x"), lambda m, f: flow.ask(m, f, QUESTION, boxes=(1, 2, 3, 4))])
+def test_what_cannot_be_done_is_a_value_error(model, photo, call):
+    with pytest.raises(ValueError):
+        call(model("llava-1.5"), photo)
+
+
 def test_load_takes_a_registered_name():
     m = flow.load("llava-tiny")
     assert len(m.decoder.layers) == 10 and flow.default_window(m) == 3

@@ -28,7 +28,7 @@ ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py
          "patch.py": {"fork", "knockout"}, "maps.py": {"fork", "knockout", "score"},
          "harness/runs.py": set(), "harness/intervals.py": set(), "harness/errors.py": set(),
          "harness/plots.py": {"harness.intervals"}, "harness/photos.py": {"harness.plots"},
-         "harness/summary.py": {"harness.plots"},
+         "harness/summary.py": {"harness.plots", "harness.runs"},
          "offload.py": {"llava_min", "vicuna"},
          "harness/hub.py": {"llava_min", "llava_onevision", "vicuna", "offload", "harness.errors"},
          "harness/flags.py": {"groups", "harness.hub", "harness.questions"},

@@ -204,6 +204,13 @@ def test_a_picture_of_ones_own_and_what_cannot_be_patched(call, checkpoint, tmp_
     refused(call(patch.main, *own, "--other", b), "out", "another --out")           # other groups
     own = (*own[:-1], tmp_path / "other")
     refused(call(patch.main, *own, "--other", c), "different tokens", "90x60", "60x90", "crop")
+    refused(call(patch.main, *own, "--other", b, "--options", "red,red"), "--options red,red", "different")
+    refused(call(patch.main, *own, "--other", b, "--seed", 2 ** 63), "--seed", "2^63")
+    refused(call(patch.main, "--model", checkpoint("vicuna"), "--noise", "--question", "Is it red?", "--out",
+                 tmp_path / "text"), "text-only")
+    refused(call(patch.main, "--data", tmp_path / "x.csv", "--others", tmp_path), "--images DIR")
+    refused(call(patch.main, "--data", tmp_path / "x.csv", "--images", tmp_path, "--others", tmp_path / "no"),
+            "--others", "no such folder")
     refused(call(patch.main, *own, "--other", a), "changes neither the answer nor the margin")
     refused(call(patch.main, *own), "--other FILE", "--grey", "--noise")
     refused(call(patch.main, *own, "--grey"), "--box")

@@ -181,6 +181,17 @@ def test_two_runs_in_one_picture_are_told_apart_by_style_and_by_what_differs(cal
     assert plots.run_labels(files) == [str(tmp_path / name) for name in "AB"]
     (tmp_path / "lens.csv").write_text("question_id,task,kind,layer,probability,norm\n1,t,answer,0,0.5,raw\n")
     refused(call(plots.main, files[0], tmp_path / "lens.csv"), "several runs in one picture: knockout.csv of each")
+    refused(call(plots.main, files[0], files[0]), "given twice")
+    shutil.copy(files[0], tmp_path / "A" / "other.csv")
+    assert call(plots.main, files[0], tmp_path / "A" / "other.csv", "--out", both)[0] == 0
+    (tmp_path / "A" / "run.json").write_text("[1]")
+    refused(call(plots.main, *files), "run.json is not a run's record")
+    (tmp_path / "j.csv").write_text(HEAD.strip() + ",head\n1,t,a->b,3,,0.9,-2,-1,-1,4,1,\n")
+    refused(call(plots.main, tmp_path / "j.csv"), "j.csv", "not drawn from its CSV alone")
+    (tmp_path / "h.csv").write_text(HEAD.strip() + ",head\n1,t,a->b,3,0,0.9,-2,-1,-1,4,1,999999999\n")
+    refused(call(plots.main, tmp_path / "h.csv"), "h.csv", "999999999")
+    (tmp_path / "p.csv").write_text(HEAD + "1,t,a->b,3,0,abc,-2,-1,-1,4,1\n")
+    refused(call(plots.main, tmp_path / "p.csv"), "p.csv", "p_base 'abc'")
 
 
 def test_drawing_takes_no_more_memory_for_more_questions(tmp_path):

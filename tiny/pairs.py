@@ -10,8 +10,12 @@ questions are a CSV as harness.questions.read_csv takes it, for patch.py.
 """
 import csv
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from harness.errors import one_line_errors
 from harness.flags import Parser
