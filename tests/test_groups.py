@@ -15,7 +15,8 @@ from groups import EmptyGroup, canonical, name_spans, option_spans, parse_edge, 
     ("Image Without Central Object->Question", ("other_patches", "question")),
     ("True Option->Last", ("true_option", "last")), ("Question without Options->Last", ("question_wo_options", "last")),
     ("image -> text:the cup - text:cup", ("image", "text:the cup - text:cup")),
-    ("image+last->question", ("image+last", "question"))])
+    ("image+last->question", ("image+last", "question")), ("image:question", ("image", "question")),
+    ("image>question", ("image", "question")), ("image→text:it: a", ("image", "text:it: a"))])
 def test_the_papers_own_edge_names_are_understood(paper, ours):
     assert parse_edge(paper) == ours
 
