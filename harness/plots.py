@@ -214,6 +214,8 @@ def heads_figure(file, top, measure="first"):
     for rank, (layer, head) in enumerate(ranked, 1):
         ax.text(head, layer, rank, ha="center", va="center", fontsize=7,
                 color="white" if abs(mean[layer, head]) > 0.6 * most else "black")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("head", fontsize=9)
     ax.set_ylabel("layer" if window == "1" else f"layer at the centre of the window of {window}", fontsize=9)
     fig.colorbar(shown, label=f"mean {label}")
@@ -425,8 +427,10 @@ def curves(sources, series, value, scale, title, x_label, y_label, level=None, l
         note = f"\nsaturated: P(answer) > {SATURATED} without a cut" * saturated
         ax.set_title(f"{', '.join(filter(None, place))} (n = {n}){note}", fontsize=9, parse_math=False)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 3),
-                        fontsize=8, frameon=False)
+    room = int(16 * fig.get_figwidth()) // (8 + max(map(len, lines)))       # characters of 8 points, and a line's piece
+    columns = min(len(lines), 3, max(1, room))
+    legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8,
+                        frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return fig, drawn
