@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, fields
 
+import groups
 from groups import NAMES, canonical, parse_edge
 from harness import hub
 from harness.questions import BUNDLED, SIX
@@ -69,6 +70,7 @@ class Shared:
 PLACE = {"system": 0, "image": 1, "related_patches": 1, "other_patches": 1, "base_patches": 1, "tile_patches": 1,
          "newlines": 1, "captions": 1, "question": 2, "true_option": 2, "false_option": 2, "options": 2, "objects": 2,
          "question_wo_options": 2, "question_wo_objects": 2, "instruction": 3, "last": 4}
+GROUPS = groups.__doc__[groups.__doc__.index("    image "):].rstrip()   # of --list-groups: what each name means
 PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question", "related_patches->question",
                "other_patches->question")          # figures 3, 4 and 5; the last two need boxes
 
@@ -76,7 +78,7 @@ PAPER_EDGES = ("question->last", "image->last", "last->last", "image->question",
 class Parser(argparse.ArgumentParser):
     """argparse with the module's docstring as --help, one-line errors, and the flags that instruments share."""
 
-    groups = ", ".join(NAMES) + ", text:WORDS, a+b or a-b"
+    groups = ", ".join(NAMES) + ", text:WORDS, a+b or a-b"          # for --help
 
     def __init__(self, doc, **how):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
@@ -241,6 +243,7 @@ class Parser(argparse.ArgumentParser):
         self.run.add_argument("--plain", action="store_true",
                               help="a forward pass per layer and edge: slow, same curves")
         self.run.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
+        self.run.add_argument("--list-groups", action="version", version=GROUPS, help="say what each group is, and stop")
         args = self.parse_args(argv)
         if bool(args.src) != bool(args.tgt):
             raise ValueError("--src and --tgt go together")

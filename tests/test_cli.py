@@ -278,6 +278,12 @@ def test_help_needs_no_model_and_no_data_beside_it():
     assert done.returncode == 0 and "python knockout.py" in done.stdout and "usage:" in done.stdout and not done.stderr
 
 
+def test_list_groups_says_what_every_name_means_and_stops(call):
+    code, stdout, err = call(knockout.main, "--list-groups")
+    assert code == 0 and not err and all(name in stdout for name in NAMES) and "text:WORDS" in stdout
+    assert [line for line in stdout.splitlines() if line.startswith("    image ")]
+
+
 # ---------------------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.slow
