@@ -243,7 +243,7 @@ class Parser(argparse.ArgumentParser):
         self.run.add_argument("--plain", action="store_true",
                               help="a forward pass per layer and edge: slow, same curves")
         self.run.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
-        self.run.add_argument("--list-groups", action="version", version=GROUPS, help="say what each group is, and stop")
+        self.run.add_argument("--list-groups", action="version", version=GROUPS, help="say what each group is")
         args = self.parse_args(argv)
         if bool(args.src) != bool(args.tgt):
             raise ValueError("--src and --tgt go together")
