@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python knockout.py
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 retrain: $(VENV)/installed
 	$(VENV)/bin/python -m tiny.train out/retrain/first

@@ -57,9 +57,9 @@ def additive(keep):
 
 
 def to_mask(keep):
-    """`additive`, which checks first that every query has a key: combine masks as bools and convert once, here.
+    """`additive`, for masks that somebody made: combine them as bools and convert once, here.
 
-    A query without a key would have a softmax of NaN. ValueError names such query positions. To look, the CPU
+    A query without a key is noticed before its softmax is NaN. ValueError names such query positions. To look, the CPU
     waits for the device that keep is on.
     """
     blind = ~keep.any(-1)
