@@ -244,14 +244,12 @@ def sweep(args):
             else:
                 peaks[name] = peak(lambda run=run, mask=mask: run(mask, ()), args.device)
     one, forwards = statistics.median(seconds["clean forward"]), 1 + len(points)
-    each = [control_layers(L)] * 10                              # the draws of an edge
     counts = {"clean forward": 1, "sweep, six edges": knockout.token_layers(q.T, L, q.cuts, k),
-              "six edges, 10 controls each": knockout.token_layers(q.T, L, q.cuts, k) + sum(
-                  (q.T - min(target)) * (L - 1 - knockout.window(l, k, L).start) + 1
-                  for _, target in q.cuts for layers in each for l in layers) / (q.T * L),
+              "six edges, 10 controls each": knockout.token_layers(q.T, L, q.cuts, k) - 1 + knockout.token_layers(
+                  q.T, L, q.cuts * 10, k, control_layers(L)),
               "patching, three groups": patch.token_layers(q.T, L, groups),
-              "map of every patch, one window": 1 + len(groups[0]) * (
-                  (q.T - min(asked)) * (L - 1 - knockout.window(L // 2, k, L).start) + 1) / (q.T * L),
+              "map of every patch, one window": knockout.token_layers(
+                  q.T, L, [([i], asked) for i in groups[0]], k, [L // 2]),
               "sweep, question->last": knockout.token_layers(q.T, L, q.cuts[:1], k), **dict.fromkeys(slow, forwards),
               "module knockout, both": 1 + ((2 * sum(L - 1 - l for l in range(L)) + L - 1) * (q.T - min(asked))
                                             + (2 * L + 1) * len(asked)) / (q.T * L)}

@@ -126,14 +126,13 @@ def collect(folder, file, right, most=1000, seed=0):
 
     right: list of Question, with boxes, from the GQA question file `file`. The columns are the paper's.
     """
-    from harness.questions import SIX, read_json
-    from harness.runs import csv_text, replace_text
-    raw, paths, by_task = read_json(file), [], {task: [] for task in SIX}
+    from harness import questions, runs
+    raw, paths, by_task = questions.read_json(file), [], {task: [] for task in questions.SIX}
 
     def file_of(task):
         return Path(folder) / f"{Path(file).stem}_{task}.csv"
     for q in right:
-        if q.task in SIX and (row := paper_row(q, raw[q.id])):
+        if q.task in questions.SIX and (row := paper_row(q, raw[q.id])):
             by_task[q.task].append(row)
     for task, rows in by_task.items():
         if not rows:
@@ -143,7 +142,7 @@ def collect(folder, file, right, most=1000, seed=0):
         rows = random.Random(f"{seed}/{task}").sample(rows, min(most, len(rows)))
         paths.append(file_of(task))
         Path(folder).mkdir(parents=True, exist_ok=True)
-        replace_text(paths[-1], csv_text([rows[0], *(row.values() for row in rows)]))
+        runs.replace_text(paths[-1], runs.csv_text([rows[0], *(row.values() for row in rows)]))
     return paths
 
 

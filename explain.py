@@ -39,7 +39,6 @@ import maps
 import prune
 from harness import errors, experiment, flags, hub, runs
 from knockout import windows
-from score import score
 from views import patch_boxes, views
 
 GROUPS = ("image", "related_patches", "other_patches", "question", "objects", "true_option", "false_option", "options",
@@ -79,22 +78,21 @@ def measure(model, question, s):
     """Ask a question, and run the instruments on it -> dict, what the page shows, as JSON takes it."""
     one = Once(model, replace(s.shared, data=flags.DataSettings(), strict=False))
     asked = one.ask(question, False, "first", None, whole=True)
-    d, p = model.decoder, asked.prompt
-    if not p.image:
-        raise ValueError("explain.py shows a photo, and this model is text-only")
+    d, p, image = model.decoder, asked.prompt, question.open()
     edges = edges_of(one, asked, question, s)
     page = {"question": question.question, "answer": asked.answer, "expected": question.answer, "p": asked.p,
             "token": lens.spelt(model, asked.token), "L": len(d.layers), "window": s.window, "T": asked.x.shape[1],
             "tokens": [{"t": "" if span is None else p.text[span[0]:span[1]]} for span in p.spans] + [
                 {"t": lens.spelt(model, i)} for i in asked.scored.ids[:-1]],        # the answer's, but its last one
-            "image": [p.image.start, p.image.stop], "photo": photo_of(question), "views": views_of(question, p),
+            "image": [p.image.start, p.image.stop], "photo": photo_of(image),
+            "views": [data_uri(view, 168) for view in views(image, p.geometry)],    # padding and tiles, as the tower's
             "boxes": [None if math.isnan(box[0]) else [round(v, 2) for v in box]
                       for box in patch_boxes(p.size, p.geometry).tolist()],
             "slots": p.slots.tolist(), "groups": {name: ranges(asked.groups.named[name]) for name in GROUPS
                                                   if name in asked.groups.named},
             "edges": edges, "maps": maps_of(d, asked, s), "lens": lens_of(model, asked, s), "norm": s.norm,
             "prune": prune_of(one, question), "checks": checks_of(d, one.ask(question), s),
-            "margin": score(d, asked.clean.stream[-1][0, asked.scored.read], asked.scored)["margin"]}
+            "margin": asked.base(d)["margin"]}
     page["margin"] = page["margin"] if page["margin"] is None else page["margin"].item()
     page["findings"] = findings(page)
     return page
@@ -162,16 +160,14 @@ def maps_of(d, asked, s):
     blocks = maps.blocks_of(p.slots, side)
     positions = [[p.image.start + i for i in block] for block in blocks]
     places = [*windows(s.window, L), dict.fromkeys(range(L))]
-    base, found = score(d, asked.clean.stream[-1][0, asked.scored.read], asked.scored), {}
+    found = {}
     for name in (name for name in MAPS if name in asked.groups.named):
         target = asked.groups.positions(name)
-        cut = maps.cut_blocks(d, asked.clean, positions, target, places, asked.scored)
-        change = {"change": knockout.percent(asked.p, cut["p"].double()), "logp": (cut["logp"] - base["logp"]) /
-                  len(asked.scored.ids), "margin": cut["margin"] - base["margin"] if asked.scored.pair else None}
+        change = maps.changes(d, asked, positions, target, places)
         mass = [rows.mean(0) for rows in maps.attention_by_layer(d, asked.clean, target, range(L))]
         found[name] = {"attention": [[row[block].sum().item() for block in positions] for row in mass], **{
             key: v if v is None else {"layers": v[:, :L].T.tolist(), "all": v[:, L].tolist()}
-            for key, v in change.items()}}
+            for key, v in change.items() if key != "p"}}
     return {"side": side, "blocks": blocks, "targets": found}
 
 
@@ -196,18 +192,15 @@ def prune_of(one, question):
 
 def checks_of(d, asked, s):
     """The self-check of check.py on image -> question: list of [sentence, number, held (None: only reported)]."""
-    prompt = asked.groups
-    return [list(line) for line in check.selfcheck(
-        d, asked.x, asked.positions, asked.clean, prompt.positions("image"), prompt.positions("question"), asked.token,
-        s.window, seed=s.shared.seed)]
+    ends = map(asked.groups.positions, ("image", "question"))
+    return [list(line) for line in check.selfcheck(d, asked.x, asked.positions, asked.clean, *ends, asked.token,
+                                                   s.window, seed=s.shared.seed)]
 
 
 # ---------------------------------------------------------------------------------------------------- in words
 
-WORDS = {"image": "the image", "related_patches": "the patches of the annotated object",
-         "other_patches": "the other patches", "question": "the question", "objects": "the object's name",
-         "true_option": "the right option", "false_option": "the wrong option", "options": "both options",
-         "instruction": "the instruction", "last": "the last position"}
+WORDS = {"image": "the image", "related_patches": "the patches of the annotated object", "question": "the question",
+         "last": "the last position"}              # of what the sentences speak
 
 
 def findings(page):
@@ -249,15 +242,9 @@ def findings(page):
 
 # ---------------------------------------------------------------------------------------------------- the page
 
-def photo_of(question, most=640):
-    """The photo, made smaller if it is large -> {"src": data URI, "width", "height": of the photo itself, px}."""
-    image = question.open()
+def photo_of(image, most=640):
+    """A photo, made smaller if it is large -> {"src": data URI, "width", "height": of the photo itself, px}."""
     return {"src": data_uri(image, most), "width": image.width, "height": image.height}
-
-
-def views_of(question, p):
-    """The square pictures that the vision tower gets, padding and tiles, as data URIs."""
-    return [data_uri(view, 168) for view in views(question.open(), p.geometry)]
 
 
 def data_uri(image, most):
@@ -347,8 +334,7 @@ def main(argv=None):
 def run(s, load=None):
     """Make the page of every question, and an index where there are several. load: see harness.experiment.Study."""
     study = experiment.Study(s.shared, load)
-    if not study.config.vision:
-        raise ValueError(f"--model {s.shared.model.name} is text-only: explain.py shows a photo")
+    study.need_photos("explain.py shows a photo")
     study.open("explain.csv", COLUMNS, window=s.window, control=s.control, block=s.block, norm=s.norm,
                seed=s.shared.seed)
     made = {"model": s.shared.model.name, "weights": hub.weights_hash(study.checkpoint.files),
@@ -363,7 +349,8 @@ def run(s, load=None):
             folder.mkdir(parents=True, exist_ok=True)
             write_tables(page, folder)
             write_page(page, folder / "explain.html")
-            short = {key: page[key] for key in ("question", "answer", "findings")} | {"photo": photo_of(question, 260)}
+            short = {key: page[key] for key in ("question", "answer", "findings")} | {
+                "photo": photo_of(question.open(), 260)}
             runs.replace_text(folder / "thumbnail.json", json.dumps(short))
             row = [*question.first_columns(page["answer"]), page["p"], str(folder.relative_to(study.out))]
             study.run.write(question.key, [row], right=question.right(page["answer"]))
@@ -407,8 +394,7 @@ def parse(parser, argv=None):
     parser.add_shared_flags("out/explain")
     args = parser.parse_args(argv)
     shared = parser.shared(args)
-    if args.control < 0:
-        raise ValueError("--control takes a number from 0")
+    parser.check_control(args.control)
     if not (args.data or args.image or args.question or args.limit or args.tasks):  # nothing was asked: one page
         shared = replace(shared, data=replace(shared.data, tasks=("ChooseAttr",), limit=1))
     return Settings(shared, args.window or parser.window(args.model), args.control, args.block, args.norm)

@@ -149,7 +149,7 @@ def patch_in(model, photo, other, question, groups=("image", "question", "last")
     if not groups or isinstance(groups, str):
         raise ValueError(f"groups {groups!r}: give a list, as in [\"image\", \"last\"]")
     s = patch.Settings(ONE, tuple(groups), "photo", other, direction=direction, part=part, window=window)
-    rows = measured(patch, model, asked_of(photo, question, **known), s, patch.COLUMNS)
+    rows = measured(patch, model, asked_of(photo, question, **known), s, patch.COLUMNS, other)
     return Result(rows, plots.patch_figure(rows)[0])
 
 
@@ -161,12 +161,11 @@ def map_of(model, photo, question, target="last", *, layer=None, window=None, he
     one_of("measure", measure, maps.VALUES)
     s = maps.Settings(ONE, "both", target, layer, window or default_window(model), head, block, measure)
     shown = asked_of(photo, question, **known)
-    _, rows = maps.measure(Asker(model, s.shared), shown, s)
-    rows = [dict(zip(maps.COLUMNS, row, strict=True)) for row in rows]
+    rows = measured(maps, model, shown, s, maps.COLUMNS)
     return Result(rows, photos.maps_figure(shown.open(), rows, maps.VALUES[measure]))
 
 
-def measured(instrument, model, question, settings, columns):
-    """An instrument's own rows of one question, as dicts."""
-    _, rows, _ = instrument.measure(Asker(model, settings.shared), question, settings)
+def measured(instrument, model, question, settings, columns, other=None):
+    """An instrument's own rows of one question, as dicts. other: its other photo."""
+    _, rows, _ = instrument.measure(Asker(model, settings.shared, other), question, settings)
     return [dict(zip(columns, row, strict=True)) for row in rows]

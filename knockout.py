@@ -184,10 +184,10 @@ def cut_ends(decoder, clean, cuts, read=(-1,), **how):
     return [ends[i] for i in range(len(cuts))]
 
 
-def token_layers(T, L, cuts, k):
-    """The cost of a clean pass and `sweep` together: tokens times layers, relative to the clean pass alone."""
+def token_layers(T, L, cuts, k, layers=None):
+    """The cost of a clean pass and a `sweep` (at some layers): tokens x layers, relative to the clean pass alone."""
     return 1 + sum((T - min(target)) * (L - 1 - window(l, k, L).start) + 1      # in the last layer, one token is read
-                   for _, target in cuts for l in range(L)) / (T * L)
+                   for _, target in cuts for l in layers or range(L)) / (T * L)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -253,7 +253,6 @@ def run(s, load=None):
 
 def measure(study, question, s):
     """Ask a question, and cut its edges -> (Asked, rows of knockout.csv, {edge that it does not have: why})."""
-    import score
     asked, d = study.ask(question, s.paper_spans, s.subword, s.max_norm, whole=True), study.model.decoder
     if not asked.counts:                                            # as in the paper: only right answers, or --all
         return asked, (), {}
@@ -263,8 +262,7 @@ def measure(study, question, s):
     # Two ways to the same ends: --plain is short enough to teach from, and what the fast one is tested against.
     ends = [plain_ends(d, asked.x, asked.positions, c, read) for c in cuts] if s.plain else (
         cut_ends(d, asked.clean, cuts, read))
-    base = score.score(d, asked.clean.stream[-1][0, read], asked.scored)
-    points = score.columns(base, score.score(d, torch.cat(list(ends)), asked.scored), asked.scored) if cuts else ()
+    points = asked.points(d, torch.cat(ends)) if cuts else ()
     first, what = [*asked.first_columns, asked.token_text], [(edge, l, head) for edge, ls, head, _ in jobs for l in ls]
     return asked, [[*first, edge, s.window, layer, asked.p, p, percent(asked.p, p), *more, head]
                    for (edge, layer, head), (p, *more) in zip(what, points, strict=True)], lacking

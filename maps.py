@@ -77,6 +77,17 @@ def cut_blocks(decoder, clean, blocks, target, places, answer):
     return {name: None if values[0] is None else torch.cat(values) for name, values in found.items()}
 
 
+def changes(decoder, asked, blocks, target, places):
+    """What `cut_blocks` changes in the answer of an experiment.Asked -> dict, float64, (B, places) each: p; change, p's
+    in percent; logp, of the whole answer, per token; margin, None without two options."""
+    base = asked.base(decoder)
+    cut = {name: value if value is None else value.double()
+           for name, value in cut_blocks(decoder, asked.clean, blocks, target, places, asked.scored).items()}
+    return {"p": cut["p"], "change": percent(asked.p, cut["p"]),
+            "logp": (cut["logp"] - base["logp"].double()) / len(asked.scored.ids),
+            "margin": None if cut["margin"] is None else cut["margin"] - base["margin"].double()}
+
+
 # ---------------------------------------------------------------------------------------------------- command line
 
 # More columns may be added later; read them by name. attention is that of `layer`; the cuts are in the window around
@@ -112,11 +123,10 @@ def run(s, load=None):
     """Ask the first question, make its map, write and draw it. load: see harness.experiment.Study."""
     from harness import experiment, photos, runs
     study = experiment.Study(s.shared, load)
-    if not study.config.vision:
-        raise ValueError(f"--model {s.shared.model.name} is text-only: it has no map")
+    study.need_photos("it has no map")
     for question in study.questions:                                # the first; under --skip-bad, the first usable one
         with study.skipping_bad():
-            asked, rows = measure(study, question, s)
+            asked, rows, _ = measure(study, question, s)
             break
     else:
         raise ValueError(f"no usable question: {study.bad[0]}")
@@ -129,7 +139,7 @@ def run(s, load=None):
 
 
 def measure(study, question, s):
-    """Ask a question, and map it -> (Asked, rows of map.csv)."""
+    """Ask a question, and map it -> (Asked, rows of map.csv, {})."""
     asked, d = study.ask(question, whole=True), study.model.decoder
     p, L, target = asked.prompt, len(d.layers), asked.groups.positions(s.target)
     if max(target) < p.image.start:
@@ -148,17 +158,13 @@ def measure(study, question, s):
     if s.map != "attention":
         place = dict.fromkeys(range(L) if s.layer is None else window(where, s.window, L),
                               None if s.head is None else (s.head,))
-        base = score(d, asked.clean.stream[-1][0, asked.scored.read], asked.scored)
-        ends = {name: value[:, 0].tolist() if value is not None else None
-                for name, value in cut_blocks(d, asked.clean, positions, target, [place], asked.scored).items()}
-        cells = [[asked.p] * len(blocks), ends["p"], [percent(asked.p, v) for v in ends["p"]],
-                 [(v - base["logp"].item()) / len(asked.scored.ids) for v in ends["logp"]],
-                 [v - base["margin"].item() for v in ends["margin"]] if ends["margin"] else empty]
+        cells = [[asked.p] * len(blocks), *(empty if v is None else v[:, 0].tolist() for v in changes(
+            d, asked, positions, target, [place]).values())]
     first = [*asked.first_columns, s.target, where, int(s.layer is None), "" if s.layer is None else s.window,
              "" if s.head is None else s.head]
     rows = [[*first, p.slots[block[0], 0].item(), i, *outline(boxes[block]), attended[i], *(cell[i] for cell in cells)]
             for i, block in enumerate(blocks)]
-    return asked, rows
+    return asked, rows, {}
 
 
 def outline(boxes):

@@ -5,7 +5,7 @@ Run     python patch.py                                      60 bundled pairs of
         python patch.py --image a.jpg --other b.jpg --question "Is the cup red or blue?" --options red,blue
         python patch.py --data *_ChooseAttr.csv --images photos --grey            the boxes' contents made grey instead
         python patch.py --direction noising --part attention --group image "question - options" last
-Needs   torch, fork.py and knockout.py for the functions; the rest of the repository for the command line.
+Needs   torch, fork.py, knockout.py and score.py for the functions; the rest of the repository for the command line.
 Matches explicit replacement in whole forward passes  (tests/test_patch.py)
 Paper   not in arXiv 2411.18620; the method is that of Meng et al. 2022, https://arxiv.org/abs/2202.05262, section 2,
         with the terms of Heimersheim and Nanda 2024, https://arxiv.org/abs/2404.15255
@@ -38,6 +38,7 @@ import torch
 
 from fork import additive, causal, clean_pass, run_branches, unembed
 from knockout import window
+from score import NO_OPTIONS, Answer, score
 
 PARTS = ("stream", "attention", "mlp")
 PAIRS = Path(__file__).parent / "tiny" / "pairs"   # what is asked without --data and --image, see tiny/pairs.py
@@ -160,9 +161,8 @@ def main(argv=None):
 def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
     from harness import experiment, plots
-    study = experiment.Study(s.shared, load, other=other_file(s) if s.corrupt == "photo" else None)
-    if not study.config.vision:
-        raise ValueError(f"--model {s.shared.model.name} is text-only: it has no photo to change")
+    study = experiment.Study(s.shared, load, others=s.others)
+    study.need_photos("it has no photo to change")
     study.open("patch.csv", COLUMNS, groups=s.groups, corrupt=s.corrupt,
                noise=(s.noise, s.shared.seed) if s.corrupt == "noise" else None, direction=s.direction,
                part=s.part, window=s.window, plain=s.plain)
@@ -181,19 +181,21 @@ def run(s, load=None):
 
 def measure(study, question, s):
     """Ask a question about both pictures, and patch one run -> (Asked, rows of patch.csv, {group it lacks: why})."""
-    from score import NO_OPTIONS, Answer, score
     asked, model = study.ask(question), study.model
     if not asked.counts:                                            # right answers, or --all
         return asked, (), {}
+
+    def without(why):
+        if asked.strict:
+            raise ValueError(f"{asked.where}: {why}")
+        return asked, (), {"patching": why}
+    if not asked.scored.pair and asked.unpaired != NO_OPTIONS:
+        return without(asked.unpaired)
     d, named, lacking = model.decoder, *asked.named(s.groups)
-    x = corrupted(model, asked, s)
-    other = clean_pass(d, x, asked.positions, model.keep)
+    photo = study.other(question)
+    other = clean_pass(d, corrupted(model, asked, photo, s), asked.positions, model.keep)
     logits = unembed(d, other.stream[-1][0, -1])
     said = model.words(model.decode(logits[None], other.caches, len(asked.prompt))[0])
-    if not asked.scored.pair and asked.unpaired != NO_OPTIONS:
-        if asked.strict:
-            raise ValueError(f"{asked.where}: {asked.unpaired}")
-        return asked, (), {"patching": asked.unpaired}
     pair = asked.scored.pair or (0, asked.token, logits.argmax().item())
     answer = Answer((asked.token,), pair=pair)
 
@@ -201,29 +203,25 @@ def measure(study, question, s):
         return score(d, ends, answer)["margin"].tolist()
     clean, bad = (margins(run.stream[-1][:, -1:])[0] for run in (asked.clean, other))
     if pair[1] == pair[2] or abs(clean - bad) < 1e-3:
-        same = "the other picture changes neither the answer nor the margin between two options"
-    elif logits.argmax().item() == asked.token and not (asked.strict or study.shared.data.all):
-        same = "the other picture does not change the answer; --all counts such questions, too"
-    else:
-        same = ""
-    if same and asked.strict:
-        raise ValueError(f"{asked.where}: {same}")
-    if same:
-        return asked, (), {"patching": same}
+        return without("the other picture changes neither the answer nor the margin between two options")
+    if logits.argmax().item() == asked.token and not (asked.strict or study.shared.data.all):
+        return without("the other picture does not change the answer; --all counts such questions, too")
     into, giver, start, end = (other, asked.clean, bad, clean) if s.direction == "denoising" else (
         asked.clean, other, clean, bad)
     # Two ways to the same ends: --plain is short enough to teach from, and what the fast one is tested against.
     groups, how = list(named.values()), (s.part, s.window)
     ends = plain_patch_ends(d, into, giver, asked.positions, groups, *how) if s.plain else patch_ends(
         d, into, giver, groups, *how)
-    first = [*asked.first_columns, other_name(question, s), said]
+    name = s.corrupt if s.corrupt != "photo" or not isinstance(photo, str | Path) else Path(photo).name
+    first = [*asked.first_columns, name, said]
     rows = [[*first, group, s.part, s.direction, s.window, l, clean, bad, margin, (margin - start) / (end - start)]
             for group, part in zip(named, ends, strict=True) for l, margin in enumerate(margins(part))]
     return asked, rows, lacking
 
 
-def corrupted(model, asked, s):
-    """The embeddings (1, T, C) of the corrupted prompt. ValueError: it is not laid out as the clean one."""
+def corrupted(model, asked, photo, s):
+    """The embeddings (1, T, C) of the corrupted prompt. photo: the other one. ValueError: it is laid out in
+    another way than the clean one."""
     p, question = asked.prompt, asked.question
     if s.corrupt == "noise":
         x, image = asked.x.clone(), list(p.image)
@@ -235,33 +233,12 @@ def corrupted(model, asked, s):
         photo = question.open()
         for x, y, w, h in question.boxes:
             photo.paste((128, 128, 128), (round(x), round(y), round(x + w), round(y + h)))
-        other = model.prompt(question.question, photo)
-    else:
-        other = model.prompt(question.question, other_file(s)(question))
+    other = model.prompt(question.question, photo)
     if other.size != p.size:                                        # the same tokens would show other places
         raise ValueError(f"{asked.where}: the two photos give different tokens: {p.size[0]}x{p.size[1]} px make "
                          f"{len(p.image)} image tokens, {other.size[0]}x{other.size[1]} px make {len(other.image)}, "
                          "elsewhere; crop one to the size of the other")
     return model.embed(other)
-
-
-def other_file(s):
-    """-> a function: question -> its other photo, which is named as the first one, with any of three endings."""
-    from harness.questions import picture
-    d = s.shared.data
-
-    def find(q):
-        if not d.data:
-            return s.others
-        name = q.image.relative_to(d.images)
-        same = Path(s.others) / name
-        return same if same.exists() else picture(s.others, str(name.with_suffix("")))
-    return find
-
-
-def other_name(question, s):
-    file = other_file(s)(question) if s.corrupt == "photo" else s.corrupt
-    return Path(file).name if isinstance(file, str | Path) else "photo"
 
 
 def parse(parser, argv=None):

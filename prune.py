@@ -124,8 +124,7 @@ def run(s, load=None):
     """Ask every question with and without the image in the last X layers, write its rows; then draw."""
     from harness import experiment, hub, plots
     study = experiment.Study(s.shared, load)
-    if not study.config.vision:
-        raise ValueError(f"--model {s.shared.model.name} is text-only: it has no image to drop")
+    study.need_photos("it has no image to drop")
     weights = hub.weights_hash(study.checkpoint.files) if s.suggest else None
     removed = choose_removed(s, study.config.text.layers, plots.rows, weights)
     study.open("prune.csv", COLUMNS, last=removed, keep=s.keep, repeats=s.repeats, seed=s.shared.seed)

@@ -28,8 +28,8 @@ import offload
 from fork import Clean, clean_pass, extend, probability, unembed
 from groups import EmptyGroup, Groups, random_sets
 from harness import hub, runs
-from harness.questions import NoRows, Question, data_files, read_questions
-from score import Answer, option_pair, options_of
+from harness.questions import NoRows, Question, data_files, picture, read_questions
+from score import Answer, columns, option_pair, options_of, score
 from views import patch_boxes, slot_rows
 
 # ---------------------------------------------------------------------------------------------------- asking
@@ -84,6 +84,15 @@ class Asked:
                     raise
                 lacking["->".join(edge)] = str(e)
         return cuts, lacking
+
+    def base(self, decoder):
+        """The measures of the answer with nothing changed: score.score's dict, of single numbers."""
+        return score(decoder, self.clean.stream[-1][0, self.scored.read], self.scored)
+
+    def points(self, decoder, ends):
+        """Streams after the last layer at the positions that predict the answer, (n, m, C) -> n lists: p, and what
+        score.COLUMNS names."""
+        return columns(self.base(decoder), score(decoder, ends, self.scored), self.scored)
 
     def named(self, names):
         """Names of groups -> ({name: positions}, {group that it does not have: why})."""
@@ -148,9 +157,18 @@ class Asker:
 
     single = True                                  # is there one question, which always counts?
 
-    def __init__(self, model, shared):
-        """shared: flags.Shared, of which the seed and `strict` are used."""
-        self.model, self.shared = model, shared
+    def __init__(self, model, shared, others=None):
+        """shared: flags.Shared, of which the seed and `strict` are used. others: see `other`."""
+        self.model, self.shared, self.others = model, shared, others
+
+    def other(self, question):
+        """A question's other photo, or None: in the folder `others` under the first one's name, with any of three
+        endings; `others` itself where the question is from no file."""
+        if self.others is None or not self.shared.data.data:
+            return self.others
+        name = question.image.relative_to(self.shared.data.images)
+        same = Path(self.others) / name
+        return same if same.exists() else picture(self.others, str(name.with_suffix("")))
 
     def counts(self, right):
         """The paper's rule: a question counts if the model answers it right. With --all every question counts, and your
@@ -198,11 +216,11 @@ class Asker:
 class Study(Asker):
     """The questions of one run, asked one by one: resumable, each one's rows on disk before the next is asked."""
 
-    def __init__(self, shared, load=None, read=read_questions, other=None):
+    def __init__(self, shared, load=None, read=read_questions, others=None):
         """load(model settings, checkpoint) -> LLaVA, called once and only if a question is left. read: instead of
-        `read_questions`. other: question -> the file of its other photo. ValueError: no question is left."""
+        `read_questions`. others: see `other`. ValueError: no question is left."""
         m, d = shared.model, shared.data
-        self.shared, self.bad, self.load, self.run, self.other = shared, [], load or load_model, None, other
+        self.shared, self.bad, self.load, self.run, self.others = shared, [], load or load_model, None, others
         self.checkpoint = hub.resolve(m.name, m.revision, m.vision_tower)
         self.config = hub.read_config(self.checkpoint.files, m.preprocess)
         self.single, self.out = not d.data, Path(shared.out)
@@ -213,6 +231,11 @@ class Study(Asker):
     @cached_property
     def model(self):
         return self.load(self.shared.model, self.checkpoint)
+
+    def need_photos(self, why):
+        """ValueError, with `why`: the model is text-only."""
+        if not self.config.vision:
+            raise ValueError(f"--model {self.shared.model.name} is text-only: {why}")
 
     def open(self, name, columns, order=list, **settings):
         """Open, or resume, the run's files. settings: what its numbers depend on, besides model and questions.
@@ -236,7 +259,7 @@ class Study(Asker):
         pictures, usable = {}, []
         for q in self.questions:
             with self.skipping_bad(), q.named():
-                for file in filter(None, (q.image, self.other and self.other(q)) if self.config.vision else ()):
+                for file in filter(None, (q.image, self.other(q)) if self.config.vision else ()):
                     pictures[file] = pictures.get(file) or picture_hash(file)
                 usable.append(q)
         if not usable:
@@ -244,7 +267,7 @@ class Study(Asker):
         self.questions = usable
         return {q.key: {"question": runs.text_hash(repr(q.facts())),
                         **({"picture": pictures[q.image]} if q.image in pictures else {}),
-                        **({"other": pictures[self.other(q)]} if self.other else {})} for q in order(usable)}
+                        **({"other": pictures[self.other(q)]} if self.others else {})} for q in order(usable)}
 
     @property
     def csv(self):

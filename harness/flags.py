@@ -251,12 +251,17 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"--per-head and {'--plain' if args.plain else '--control'} cannot be combined")
         if args.per_head and args.shard:
             raise ValueError("--per-head ranks the heads of all questions together: it cannot be split into shards")
-        if args.control > 1000:
-            raise ValueError(f"--control {args.control}: 1,000 at most")
+        self.check_control(args.control)
         if args.per_head and len(args.edge) + bool(args.src) != 1:
             raise ValueError("--per-head ranks heads for one edge: give it with --edge")
         args.window = args.window or (1 if args.per_head else self.window(args.model))
         return args
+
+    @staticmethod
+    def check_control(n):
+        """ValueError: --control asks for a number of random sets that nobody waits for."""
+        if not 0 <= n <= 1000:
+            raise ValueError(f"--control {n}: give a number from 0, 1,000 at most")
 
     @staticmethod
     def model(args):

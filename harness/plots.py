@@ -175,8 +175,12 @@ def run_labels(files):
 
 def measured(file, row, measure):
     """A row of knockout.csv -> its change, by one of MEASURES; None where the question has no two options."""
-    value, less, _ = MEASURES[measure]
-    if row[value] == "":
+    return difference(file, row, *MEASURES[measure][:2])
+
+
+def difference(file, row, value, less=None):
+    """A cell, or what it exceeds the one of the column `less` by; None, if that pair of cells is empty."""
+    if less and row[value] == "":
         return None
     return number(file, row, value) - (number(file, row, less) if less else 0)
 
@@ -372,9 +376,9 @@ def curves(sources, series, value, scale, title, x_label, y_label, level=None, l
     for label, file in sources.items():
         for (place, name, *question), mine in groupby(rows(file, needed), lambda row: (
                 row[panel], row[series], row["task"], row["question_id"], row.get("window"))):
-            mine = [row for row in mine if row[value] != "" or not less]
-            points = {number(file, row, "layer", whole=True, least=0): scale * (
-                number(file, row, value) - (number(file, row, less) if less else 0)) for row in mine}
+            mine = list(mine)
+            points = {number(file, row, "layer", whole=True, least=0): scale * change for row in mine
+                      if (change := difference(file, row, value, less)) is not None}
             if not points:
                 continue
             place, control = place if panel == "task" else f"{panel} {place}", ", random " in name

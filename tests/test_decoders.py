@@ -408,7 +408,7 @@ COPY_SETS = {"vicuna.py": [], "llama3.py": [], "clip_vit.py": [], "views.py": []
                  "views.py", "clip_vit.py", "vicuna.py", "llama3.py", "llava_min.py", "siglip_vit.py", "qwen2.py"],
              "llava_min.py": ["views.py", "clip_vit.py", "vicuna.py", "llama3.py"], "groups.py": ["views.py"],
              "knockout.py": ["fork.py"], "lens.py": ["fork.py", "knockout.py"], "prune.py": ["fork.py", "knockout.py"],
-             "patch.py": ["fork.py", "knockout.py"], "score.py": ["fork.py"], "heads.py": [],
+             "patch.py": ["fork.py", "knockout.py", "score.py"], "score.py": ["fork.py"], "heads.py": [],
              "maps.py": ["fork.py", "knockout.py", "score.py"], "eval_gqa.py": []}
 
 # Imports one module from each folder below the working directory, where to open anything of the repository is an error;

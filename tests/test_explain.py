@@ -29,7 +29,7 @@ def data_of(file):
 
 @pytest.fixture(scope="module", params=["llava-1.5", "llava-1.6"])
 def made(request, checkpoint, tmp_path_factory):
-    """(kind, folder of a page, the photo) of a question of one's own."""
+    """(kind, folder of a page, the photo) of a question that no file holds."""
     folder = tmp_path_factory.mktemp("explain")
     world.picture(90, 60).save(folder / "photo.png")
     explain.main(["--model", str(checkpoint(request.param)), "--image", str(folder / "photo.png"), "--question",
@@ -179,6 +179,7 @@ def test_what_has_no_page_is_one_line(call, checkpoint, photo, tmp_path):
     own = ("--model", checkpoint("llava-1.5"), "--image", photo, "--out", tmp_path)
     refused(call(explain.main, *own), "--image needs --question")
     refused(call(explain.main, *own, "--question", QUESTION, "--control", -1), "--control")
+    refused(call(explain.main, *own, "--question", QUESTION, "--control", 100_000_000), "--control", "1,000")
 
 
 # ---------------------------------------------------------------------------------------------------- in a browser

@@ -25,7 +25,7 @@ ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py
          "llava_onevision.py": {"llava_min", "qwen2", "siglip_vit", "vicuna", "views"},
          "groups.py": {"views"}, "heads.py": set(), "score.py": {"fork"}, "knockout.py": {"fork"},
          "lens.py": {"fork", "knockout"}, "prune.py": {"fork", "knockout"}, "eval_gqa.py": {"llava_min"},
-         "patch.py": {"fork", "knockout"}, "maps.py": {"fork", "knockout", "score"},
+         "patch.py": {"fork", "knockout", "score"}, "maps.py": {"fork", "knockout", "score"},
          "harness/runs.py": set(), "harness/intervals.py": set(), "harness/errors.py": set(),
          "harness/plots.py": {"harness.intervals"}, "harness/photos.py": {"harness.plots"},
          "harness/summary.py": {"harness.plots", "harness.runs"},
@@ -72,7 +72,7 @@ def test_no_files_import_each_other_in_a_circle():
 def test_few_imports_of_ours_stand_inside_functions():
     lines = [(name, text) for name, file in FILES.items() for text in file.read_text(encoding="utf-8").splitlines()
              if re.match(rf"\s+(from|import) ({'|'.join(OURS)})\b", text)]
-    assert len(lines) <= 20 and {name for name, _ in lines} == {"knockout.py", "lens.py", "prune.py", "eval_gqa.py",
+    assert len(lines) <= 15 and {name for name, _ in lines} == {"knockout.py", "lens.py", "prune.py", "eval_gqa.py",
                                                                 "patch.py", "maps.py"}
 
 

@@ -13,7 +13,7 @@ from fork import additive, causal, clean_pass, unembed
 from harness.experiment import Asker
 from harness.flags import DataSettings, Shared
 from harness.questions import read_csv
-from score import Answer, option_pair, options_of, score
+from score import COLUMNS, Answer, option_pair, options_of, score
 
 KINDS = ["llava-1.5", "llava-1.6", "llama3-next"]
 
@@ -133,6 +133,11 @@ def test_options_that_cannot_be_told_apart_give_a_reason(tokenizer, said, true, 
         assert pair == (0, IDS["Left"], IDS["Right"]) and not reason
     else:
         assert pair is None and why in reason
+
+
+def test_knockouts_columns_are_those_that_score_fills():
+    at = knockout.COLUMNS.index("answer_tokens")
+    assert knockout.COLUMNS[at:at + len(COLUMNS)] == COLUMNS
 
 
 def test_which_two_options_a_question_has():
