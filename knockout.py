@@ -283,9 +283,9 @@ def jobs_of(decoder, asked, edge, source, target, s, lacking):
         for name, layers, places in asked.controls(edge, source, target, s, L, lacking))]
 
 
-def parse(parser, argv=None):
-    """The command line -> Settings."""
-    args = parser.cut_args(argv, "out/knockout")
+def parse(parser, argv=None, args=None):
+    """The command line, or what was parsed of it, -> Settings."""
+    args = args or parser.cut_args(argv, "out/knockout")
     edges = [f"{args.src}->{args.tgt}"] * bool(args.src) + args.edge
     if not edges and not args.groups:                               # without --box there are no patch groups
         edges = EDGES if args.box or not args.question else EDGES[:4]

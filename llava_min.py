@@ -311,7 +311,7 @@ class Files:
 def pick(get, kind="model"):
     """Choose the files to load -> (Files, list of the names that are missing). get: file name -> path, None if absent.
 
-    kind: "model"; "tower" for a vision tower; "tower config" for its config alone. ValueError: a damaged index.
+    kind: "model", or its "texts" alone; "tower" for a vision tower, or its "tower config". ValueError: a damaged index.
     """
     files, missing = {}, []
 
@@ -320,7 +320,7 @@ def pick(get, kind="model"):
         if not files[slot]:
             missing.append(" or ".join(names))
 
-    if kind == "model":
+    if kind in ("model", "texts"):
         first("config", "config.json")
         first("tokenizer", "tokenizer.json", "tokenizer.model", "vocab.json")
         files["generation"] = get("generation_config.json")         # may be absent
@@ -328,7 +328,7 @@ def pick(get, kind="model"):
         first("config", "open_clip_config.json", "config.json")
     open_clip = files["config"] and files["config"].name == "open_clip_config.json"
     index = next((path for name in (OPEN_CLIP_WEIGHTS if open_clip else WEIGHTS) if (path := get(name))), None)
-    if kind == "tower config":                                      # the checkpoint holds the weights
+    if kind in ("texts", "tower config"):                           # the weights are elsewhere, or not needed
         pass
     elif index is None:
         missing.append(" or ".join(OPEN_CLIP_WEIGHTS if open_clip else WEIGHTS))

@@ -46,10 +46,10 @@ class Checkpoint:
     tower: "Checkpoint | None" = None              # the vision tower, where it came from elsewhere
 
 
-def resolve(name, revision=None, vision_tower=None):
+def resolve(name, revision=None, vision_tower=None, weights=True):
     """A name, and --revision and --vision-tower, -> Checkpoint; what the cache lacks is downloaded.
 
-    ValueError says what is missing, and what to do.
+    weights: without them, configs and tokenizer alone. ValueError says what is missing, and what to do.
     """
     def find_tower(tower, kind):
         try:
@@ -59,8 +59,9 @@ def resolve(name, revision=None, vision_tower=None):
 
     if vision_tower:
         find_tower(vision_tower, "tower config")                    # a slip here should not cost the model's download
-    model = find(name, "model", revision)
+    model = find(name, "model" if weights else "texts", revision)
     if kind := tower_kind(model.files):
+        kind = kind if weights else "tower config"
         tower = find_tower(vision_tower or read_json(model.files.config)["mm_vision_tower"], kind)
         model = replace(model, files=replace(model.files, tower=tower.files), tower=tower)
     return model

@@ -107,11 +107,12 @@ def test_the_random_control_is_of_the_same_size_and_drawn_by_seed(case):
 
 def test_every_edge_of_every_question_is_reported_and_the_exit_code_is_0(call, data, checkpoint):
     code, stdout, err = call(check.main, "--model", checkpoint("llama3-next"), *data, "--edge", "image->question",
-                             "last->last", "--window", 2)
-    assert code == 0 and "6 edges checked, 0 checks failed" in stdout and "FAILED" not in stdout, err
-    for question in ("01", "02", "03"):
-        for edge in ("image->question", "last->last"):
-            assert f"ChooseAttr/{question}  {edge}, window 2\n" in stdout
+                             "last->last", "--window", 2, "--dtype", "float32")
+    assert code == 0 and "5 checks, 0 failed" in stdout and "FAILED" not in stdout, err
+    assert "largest contribution over a cut edge (6 edges)" in stdout
+    for edge in ("image->question", "last->last"):
+        assert f"{edge}, window 2 around layer " in stdout
+    assert "not checked: prompt, numbers, greedy, accuracy: nobody's numbers of " in stdout
 
 
 def test_a_check_that_fails_is_marked_and_the_exit_code_is_1(call, data, checkpoint, monkeypatch):
@@ -119,18 +120,18 @@ def test_a_check_that_fails_is_marked_and_the_exit_code_is_1(call, data, checkpo
     monkeypatch.setattr(vicuna.Block, "kernel", kernel)
     code, stdout, err = call(check.main, "--model", checkpoint("llava-1.5"), *data, "--limit", 1, "--edge",
                              "image->question", "--window", 2, "--dtype", "float32")
-    failed = [line for line in stdout.splitlines() if line.startswith("  FAILED  ")]
-    assert code == 1 and failed and "over a cut edge" in failed[0], err
-    assert f"1 edges checked, {len(failed)} checks failed" in stdout
+    failed = [line for line in stdout.splitlines() if line.endswith("FAILED")]
+    assert code == 1 and failed and "over a cut edge (ChooseAttr/01 image->question)" in failed[0], err
+    assert f"5 checks, {len(failed)} failed" in stdout
 
 
 def test_an_edge_that_a_question_does_not_have_is_skipped_and_no_edge_at_all_is_an_error(call, data, checkpoint):
     argv = ("--model", checkpoint("llava-1.5"), *data, "--limit", 1, "--window", 2, "--edge", "newlines->last")
     code, stdout, err = call(check.main, *argv, "last->last")
-    assert code == 0 and "newlines->last: skipped, newlines: only AnyRes" in stdout, err
-    assert "1 edges checked, 0 checks failed" in stdout
+    assert code == 0 and "not checked: cut of newlines->last, ChooseAttr/01: newlines: only AnyRes" in stdout, err
+    assert "5 checks, 0 failed" in stdout
     code, stdout, err = call(check.main, *argv)
-    assert code == 2 and "skipped" in stdout and "error: no edge could be checked" in err and "Traceback" not in err
+    assert code == 2 and "error: nothing could be checked: cut of newlines->last" in err and "Traceback" not in err
 
 
 def test_flags_are_knockouts_and_checked_before_anything_is_loaded(call):
