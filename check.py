@@ -46,7 +46,7 @@ import eval_gqa
 import knockout
 from fork import additive, causal, probability, unembed
 from groups import random_sets
-from harness import errors, experiment, flags, hub, plots, runs
+from harness import errors, experiment, flags, hub, runs, tables
 from harness.intervals import wilson
 from harness.questions import BUNDLED, Question, picture
 from knockout import edge_mask, forward, percent, sweep, window
@@ -319,7 +319,7 @@ def check_accuracy(s, study, entry):
     with redirect_stdout(sys.stderr):                               # its own table
         eval_gqa.run(eval_gqa.Settings(replace(shared, data=data, out=str(out))), lambda *_: study.model)
     checks = []
-    for row in plots.read(out / "accuracy.csv", ("group", "questions", "correct")):
+    for row in tables.read(out / "accuracy.csv", ("group", "questions", "correct")):
         if (theirs := entry["accuracy"].get(row["group"])) is not None:
             right, n = int(row["correct"]), int(row["questions"])
             low, high = wilson(right, n, 3.29)

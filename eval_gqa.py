@@ -172,7 +172,7 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask all questions, those about one photo together, and write their rows; then compute accuracy."""
-    from harness import experiment, intervals, plots, questions, runs
+    from harness import experiment, intervals, questions, runs, tables
 
     def read(d, bad, vision):                                       # all groups of Table 2, not the six tasks alone
         if not vision:
@@ -194,7 +194,7 @@ def run(s, load=None):
     study.run.finish()
     if not study.run.rows_written():
         raise ValueError("no question could be asked")
-    rows = plots.read(study.csv, COLUMNS)
+    rows = tables.read(study.csv, COLUMNS)
     paths = []                                                      # all files first: a reader may stop at any line
     if s.collect:
         right = {f"{row['task']}/{row['question_id']}" for row in rows if row["correct"] == "1"}

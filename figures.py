@@ -32,7 +32,7 @@ import eval_gqa
 import knockout
 import lens
 import prune
-from harness import errors, experiment, flags, hub, plots
+from harness import errors, experiment, flags, hub, plots, tables
 from harness.flags import Shared
 from harness.questions import BUNDLED, SIX, NoRows, NoTask, beside
 from harness.runs import csv_text, naming, replace_text
@@ -182,7 +182,7 @@ def folder(a_pass, edges):
 def rows_of(figure, runs):
     """Yield a figure's rows, as dicts, out of the CSVs of its passes."""
     for a_pass in passes(figure):
-        for row in plots.rows(runs[a_pass] / PASSES[figure.kind][1], (), empty=True):
+        for row in tables.rows(runs[a_pass] / PASSES[figure.kind][1], (), empty=True):
             if row.get("edge", row.get("intervention")) in (figure.edges or (row.get("intervention"), None)):
                 yield row
 
@@ -206,17 +206,6 @@ def cost(figure):
     return total
 
 
-def threshold(file):
-    """The norm above which figure 16 leaves patches out, from figure 15's rows.
-
-    The paper's 57 is for CLIP ViT-L/14-336, where 3.3 of 576 patches exceed it. If more than one patch in twenty does,
-    it is another tower; then the threshold is the norm that 3.3 of 576 exceed there.
-    """
-    norms = sorted(float(row["norm"]) for row in plots.read(file, ("norm",)))
-    few = sum(norm > 57 for norm in norms) <= len(norms) / 20
-    return 57.0 if few else norms[round(len(norms) * (1 - 3.3 / 576)) - 1]
-
-
 # ---------------------------------------------------------------------------------------------------- command line
 
 @dataclass(frozen=True)
@@ -238,7 +227,7 @@ def run(s):
     """Run the passes that the figures need, each figure drawn as soon as its own are complete; then the tables."""
     if s.list:
         return show_list()
-    numbers, tables = choose(s)
+    numbers, chosen_tables = choose(s)
     out, chosen, runs, drawn, empty = Path(s.shared.out), pictures(numbers), {}, {}, []
     load = functools.cache(experiment.load_model)                   # one model for all passes
 
@@ -262,7 +251,8 @@ def run(s):
         most, file = s.max_norm, out / "runs" / "norms" / "norms.csv"
         if most is None:
             do(norms_pass, (), file.parent)
-            most = float(f"{threshold(file):g}") if file.exists() else None     # what is printed, to the digit
+            norms = [float(row["norm"]) for row in tables.rows(file, ("norm",))] if file.exists() else ()
+            most = float(f"{plots.threshold(norms):g}") if norms else None      # what is printed, to the digit
         if most is None:
             print("figure 16 needs the norms of all shards: ask for it again when they are there")
             del chosen["figure_16"]
@@ -278,12 +268,12 @@ def run(s):
         for name, figure in chosen.items():
             if name not in drawn and all(other in runs for other in passes(figure)):
                 drawn[name] = show_figure(name, figure, runs, out)
-    if empty and not tables and not any(drawn.values()):
+    if empty and not chosen_tables and not any(drawn.values()):
         raise empty[0]
-    if tables:
-        collect, folder_of = str(out / "table_1") if "table1" in tables else None, out / "runs" / "eval_gqa"
+    if chosen_tables:
+        collect, folder_of = str(out / "table_1") if "table1" in chosen_tables else None, out / "runs" / "eval_gqa"
         do(accuracy_pass, collect, folder_of, limit=s.limit)
-        show_tables(tables, folder_of, out, Path(s.shared.data.data[0]).stem)
+        show_tables(chosen_tables, folder_of, out, Path(s.shared.data.data[0]).stem)
 
 
 def of_one_model():
@@ -362,11 +352,11 @@ def draw(picture, file):
 def write_table_1(out, answers, stem):
     """Table 1 from the rows of eval_gqa.py and the files it collected -> table_1.csv, its path. stem: of the question
     file's name, with which theirs begin."""
-    asked, file = plots.read(answers, ("task", "correct")), out / "table_1.csv"
+    asked, file = tables.read(answers, ("task", "correct")), out / "table_1.csv"
     table = [("task", "questions", "answered right", "collected", "example")]
     for task in SIX:
         right, part = [row["correct"] for row in asked if row["task"] == task], out / "table_1" / f"{stem}_{task}.csv"
-        rows = plots.read(part, ("question",)) if part.exists() else []
+        rows = tables.read(part, ("question",)) if part.exists() else []
         example = f"{rows[0]['question']} {rows[0]['answer']}" if rows else ""
         table.append((task, len(right), right.count("1"), len(rows), example))
     replace_text(file, csv_text(table))

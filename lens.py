@@ -185,7 +185,7 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
-    from harness import experiment, photos, plots, runs
+    from harness import experiment, photos, plots, runs, summary
     study = experiment.Study(s.shared, load)
     if s.top:
         return show_top(study, s, photos, runs)
@@ -202,14 +202,9 @@ def run(s, load=None):
     picture = study.csv.with_suffix(".png")
     drawn = (plots.jaccard if jaccards else plots.lens)(study.csv, picture)
     study.report()
-    for (task, name), (layers, mean, n) in drawn.items():
-        if jaccards:
-            low, layer = min(zip(mean, layers, strict=True))
-            print(f"{task}, {name}: lowest mean Jaccard {low:.2f}, at layer {layer} (n = {n})")
-        else:
-            high, layer = max(zip(mean, layers, strict=True))
-            print(f"{task}, {name}: highest mean probability {high:.1f} %, after layer {layer} (n = {n})")
-    print(f"wrote {study.csv}, {picture} and {study.info}")
+    text, rank = ("lowest mean Jaccard {:.2f}, at layer {}", lambda value: -value) if jaccards else (
+        "highest mean probability {:.1f} %, after layer {}", lambda value: value)
+    print(*summary.peaks(drawn, text, rank), f"wrote {study.csv}, {picture} and {study.info}", sep="\n")
 
 
 def measure(study, question, s):
@@ -314,16 +309,17 @@ def show_top(study, s, photos, runs):
     words = [[[spelt(model, i) for i in row] for row in rows] for rows in ids.tolist()]  # [layer][place][rank]
     file, picture = study.out / "top.csv", study.out / "top.png"
     file.parent.mkdir(parents=True, exist_ok=True)
+    said = study.facts()
     rows = [[*asked.first_columns, place, p.tokens[place], layer, 1 + rank,
              model.tokenizer.id_to_token(ids[layer, n, rank].item()),
-             finite(values[layer, n, rank].item(), asked.x.dtype), s.norm]
+             finite(values[layer, n, rank].item(), asked.x.dtype), s.norm, *said.values()]
             for layer in range(L + 1) for n, place in enumerate(places) for rank in range(s.top)]
-    runs.replace_text(file, runs.csv_text([COLUMNS["top.csv"], *rows]))
-    title = f"{asked.question.question} {asked.answer}"
+    runs.replace_text(file, runs.csv_text([(*COLUMNS["top.csv"], "model", "dtype"), *rows]))
+    title, how = f"{asked.question.question} {asked.answer}", ", ".join(said.values())
     heading = f"{title}   ({s.norm} lens at {s.at})"                # printed once the files are there
     if patches:                                                     # hundreds of places: one layer's words fit
         layer = L if s.layer is None else s.layer
-        photos.patch_words(asked.question.open(), f"{title}\n{s.norm} lens after layer {layer} of {L}",
+        photos.patch_words(asked.question.open(), (title, f"{s.norm} lens after layer {layer} of {L}", how),
                           study.patch_boxes(p)[[i - p.image.start for i in places]], [row[0] for row in words[layer]],
                           values[layer, :, 0].tolist(), picture)
         print(heading)
@@ -333,7 +329,7 @@ def show_top(study, s, photos, runs):
         titles = [f"{1 + k}." for k in range(s.top)] if single else [repr(p.tokens[i])[1:-1] for i in places]
         cells = [rows[0] if single else [row[0] for row in rows] for rows in words]
         shares = values[:, 0] if single else values[:, :, 0]
-        photos.words(f"{title}\n{s.norm} lens at {s.at}", titles, cells, shares.tolist(), picture)
+        photos.words((title, f"{s.norm} lens at {s.at}", how), titles, cells, shares.tolist(), picture)
         print(heading)
         print_table(titles, cells, shares.tolist())
     print(f"wrote {file} and {picture}")

@@ -131,9 +131,10 @@ def run(s, load=None):
     else:
         raise ValueError(f"no usable question: {study.bad[0]}")
     study.out.mkdir(parents=True, exist_ok=True)
-    file, picture = study.out / "map.csv", study.out / "map.png"
-    runs.replace_text(file, runs.csv_text([COLUMNS, *rows]))
-    photos.maps(question.open(), [dict(zip(COLUMNS, row, strict=True)) for row in rows], VALUES[s.measure], picture)
+    file, picture, said = study.out / "map.csv", study.out / "map.png", study.facts()
+    columns, rows = (*COLUMNS, *said), [[*row, *said.values()] for row in rows]
+    runs.replace_text(file, runs.csv_text([columns, *rows]))
+    photos.maps(question.open(), [dict(zip(columns, row, strict=True)) for row in rows], VALUES[s.measure], picture)
     print(f"{question.question} {asked.answer} ({100 * asked.p:.1f} %)")
     print(f"wrote {file} and {picture}")
 

@@ -160,7 +160,7 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask every question, measure it, write its rows; then draw. load: see harness.experiment.Study."""
-    from harness import experiment, plots
+    from harness import experiment, plots, summary
     study = experiment.Study(s.shared, load, others=s.others)
     study.need_photos("it has no photo to change")
     study.open("patch.csv", COLUMNS, groups=s.groups, corrupt=s.corrupt,
@@ -173,10 +173,8 @@ def run(s, load=None):
     picture = study.csv.with_suffix(".png")
     drawn = plots.patch(study.csv, picture)
     study.report()
-    for (task, group), (layers, mean, n) in drawn.items():
-        share, layer = max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0]))
-        print(f"{task}, {group}: largest mean share {share:.0f} %, at layer {layer} (n = {n})")
-    print(f"wrote {study.csv}, {picture} and {study.info}")
+    print(*summary.peaks(drawn, "largest mean share {:.0f} %, at layer {}"),
+          f"wrote {study.csv}, {picture} and {study.info}", sep="\n")
 
 
 def measure(study, question, s):

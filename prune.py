@@ -122,11 +122,11 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask every question with and without the image in the last X layers, write its rows; then draw."""
-    from harness import experiment, hub, plots
+    from harness import experiment, hub, plots, tables
     study = experiment.Study(s.shared, load)
     study.need_photos("it has no image to drop")
     weights = hub.weights_hash(study.checkpoint.files) if s.suggest else None
-    removed = choose_removed(s, study.config.text.layers, plots.rows, weights)
+    removed = choose_removed(s, study.config.text.layers, tables.rows, weights)
     study.open("prune.csv", COLUMNS, last=removed, keep=s.keep, repeats=s.repeats, seed=s.shared.seed)
     for question, result in study.measured(partial(measure, removed=removed, warm=set()), s):
         with study.skipping_bad(question):

@@ -237,17 +237,28 @@ class Study(Asker):
         if not self.config.vision:
             raise ValueError(f"--model {self.shared.model.name} is text-only: {why}")
 
+    def facts(self, heads=None, subword=None, **settings):
+        """What every row says of its run, so that a CSV, and its picture, can be read alone: {column: text}. Of a model
+        in a folder, the folder's name. heads, subword: where the instrument has them; "all" is every head."""
+        m = self.shared.model
+        dtype = hub.pick_dtype(m.dtype, hub.pick_device(m.device), self.checkpoint.files)
+        name = Path(m.name).resolve().name if Path(m.name).is_dir() else m.name
+        return {"model": name, "dtype": str(dtype).removeprefix("torch."), **({"subword": subword} if subword else {}),
+                **({"heads": ",".join(map(str, heads)) if heads else "all"} if subword else {})}
+
     def open(self, name, columns, order=list, **settings):
         """Open, or resume, the run's files. settings: what its numbers depend on, besides model and questions.
 
-        order(questions) -> them in the order of the CSV. ValueError: a picture is missing, and see runs.Run.
+        columns: those of `facts` follow them. order(questions) -> them in the order of the CSV. ValueError: a picture
+        is missing, and see runs.Run.
         """
         m, d, files = self.shared.model, self.shared.data, self.checkpoint.files
         device = hub.pick_device(m.device)
         texts = [f for f in (files.config, files.tokenizer, files.generation, files.tower and files.tower.config) if f]
-        self.run = runs.Run(self.shared.out, name, columns, {
+        self.said = self.facts(**settings)
+        self.run = runs.Run(self.shared.out, name, (*columns, *self.said), {
             "weights": hub.weights_hash(files), "config": list(map(runs.file_hash, texts)), "device": device,
-            "dtype": str(hub.pick_dtype(m.dtype, device, files)).removeprefix("torch."), "preprocess": m.preprocess,
+            "dtype": self.said["dtype"], "preprocess": m.preprocess,
             "all": d.all, **settings}, self.inputs(order), shard=d.shard, model=m.name,
             origin=self.checkpoint.origin, revision=self.checkpoint.revision, seed=self.shared.seed,
             data=[f"{f.name} {runs.file_hash(f)}" for f in data_files(d.data)], images=d.images,
@@ -363,8 +374,11 @@ class Study(Asker):
 
     def write(self, asked, rows, lacking=None, right=None):
         """A finished question's rows, on disk when this returns. asked: an Asked, or a Question with `right` given."""
-        right, question = (asked.right, asked.question) if isinstance(asked, Asked) else (right, asked)
-        self.run.write(question.key, rows, **({} if right is None else {"right": right}),
+        note, question = {} if right is None else {"right": right}, asked
+        if isinstance(asked, Asked):
+            note, question = {"right": asked.right}, asked.question
+            note |= {"answer": [asked.answer, asked.token_text, asked.p]} if self.single else {}
+        self.run.write(question.key, [[*row, *self.said.values()] for row in rows], **note,
                        **({"skipped": lacking} if lacking else {}))
 
     def finish(self):
@@ -387,7 +401,12 @@ class Study(Asker):
         """Say what was counted and left out."""
         notes = list(self.run.done.values())
         right = f", {sum(note['right'] for note in notes)} answered right" if self.known() else ""
-        print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
+        if self.single and notes and "answer" in notes[0]:
+            answer, token, p = notes[0]["answer"]
+            known = f", which is {'right' if notes[0]['right'] else 'wrong'}" if self.known() else ""
+            print(f"{self.questions[0].question} {answer}   (P of {token!r}: {p:.3g}{known})")
+        else:
+            print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
         if (wide := self.run.settings.get("window", 0)) > (L := self.config.text.layers):
             print(f"note: a window of {wide} layers is wider than the model, which has {L}: it is clipped everywhere")
         self.print_bad()

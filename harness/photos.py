@@ -1,18 +1,18 @@
 """
 harness/photos.py - pictures of one question: words over layers and positions, and what lies on which patch.
 
-Needs   matplotlib and numpy, and plots.py beside it.
+Needs   matplotlib and numpy, and canvas.py beside it.
 """
 from collections import defaultdict
 
 import numpy as np
 
-from harness.plots import COLOURS, figure, page, save
+from harness.canvas import COLOURS, figure, finish, page, save, set_title
 
 
 def words(title, columns, cells, shares, picture):
-    """A grid of words, layer 0 at the bottom, coloured by probability. cells, shares: a row per layer, a
-    column per name in `columns`."""
+    """A grid of words, layer 0 at the bottom, coloured by probability. title: its lines. cells, shares: a row per
+    layer, a column per name in `columns`."""
     shares, longest = np.asarray(shares), max(len(word) for row in (columns, *cells) for word in row)
     wide = max(5.0, 0.8 + len(columns) * max(0.6, 0.09 * longest))
     fig = page(wide, 1.5 + 0.24 * len(cells))
@@ -20,33 +20,33 @@ def words(title, columns, cells, shares, picture):
     shown = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
     for y, row in enumerate(cells):
         for x, word in enumerate(row):
-            ax.text(x, y, drawable(word), ha="center", va="center", fontsize=7, parse_math=False,
+            ax.text(x, y, word, ha="center", va="center", fontsize=7,
                     color="white" if shares[y, x] > 0.55 else "black")
-    ax.set_xticks(range(len(columns)), [drawable(name) for name in columns], fontsize=8,
-                  rotation=0 if longest < 6 else 30)
-    for label in ax.get_xticklabels():
-        label.set_parse_math(False)
+    ax.set_xticks(range(len(columns)), columns, fontsize=8, rotation=0 if max(map(len, columns)) < 6 else 30)
     ax.set_yticks(range(len(cells)), range(len(cells)), fontsize=7)
     ax.set_ylabel("after layer (0: embedding)", fontsize=9)
     fig.colorbar(shown, label="probability", shrink=0.6)
-    fig.suptitle(title, fontsize=9, parse_math=False)
+    set_title(fig, *title)
     save(fig, picture)
 
 
 def patch_words(image, title, boxes, cells, shares, picture):
     """Words over the patches of a photo, coloured by probability; a panel for each of the two most frequent sizes.
 
-    image: PIL. boxes (n, 4): x0, y0, x1, y1 of each patch on the photo, NaN for none. cells, shares: n each.
+    image: PIL. title: its lines. boxes (n, 4): x0, y0, x1, y1 of each patch on the photo, NaN for none. cells, shares:
+    n each.
     """
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     from matplotlib.patches import Rectangle
     sizes = defaultdict(list)                                       # patches of the whole view and of tiles differ
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         if x0 == x0:
             sizes[round((x1 - x0) * (y1 - y0), 1)].append(i)
     kinds = sorted(sorted(sizes.values(), key=len)[-2:], key=len)
-    fig, axes = figure(len(kinds), title, "", "")
+    fig, axes = figure(len(kinds), "", "", "")
     fig.set_size_inches(fig.get_size_inches() * (1 + max(map(len, kinds)) ** 0.5 / 12))
+    set_title(fig, *title)
     for ax, mine in zip(axes, kinds, strict=True):
         ax.imshow(image, alpha=0.6)
         ax.grid(False)
@@ -56,9 +56,11 @@ def patch_words(image, title, boxes, cells, shares, picture):
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colormaps["Blues"](shares[i]),
                                    alpha=0.45, edgecolor="white", linewidth=0.3))
             room = 72 * fig.get_figwidth() / len(kinds) * (x1 - x0) / image.width           # points
-            ax.text((x0 + x1) / 2, (y0 + y1) / 2, drawable(cells[i])[:9], ha="center", va="center",
-                    fontsize=min(10, room / 6), parse_math=False)
+            ax.text((x0 + x1) / 2, (y0 + y1) / 2, cells[i][:9], ha="center", va="center",
+                    fontsize=min(10, room / 6))
         ax.set_title(f"{len(mine)} patches", fontsize=8)
+    bar = fig.colorbar(ScalarMappable(cmap="Blues"), ax=axes, shrink=0.7, alpha=0.45)
+    bar.set_label("probability of the word", fontsize=8)
     save(fig, picture)
 
 
@@ -81,8 +83,11 @@ def maps_figure(image, rows, change):
     columns = [c for c in (("attention", "attention, % of a query's"), change) if first[c[0]] != ""]
     cuts = "all layers" if first["all_layers"] else (
         f"layer {first['layer']}" + (f", window {first['window']}" if first["window"] != 1 else ""))
-    title = f"{first['question']} {first['prediction']}   (blocks of the photo -> {first['target']})"
-    fig, axes = figure(1 + len(columns) * len(views), title, "", "")
+    fig, axes = figure(1 + len(columns) * len(views), "", "", "")
+    own = f"{first['question']} {first['prediction']}  (P of its first token: {first['p_base']:.3g})" if (
+        first["p_base"] != "") else f"{first['question']} {first['prediction']}"
+    set_title(fig, own, f"blocks of the photo \u2192 {first['target']}",
+              ", ".join(first[key] for key in ("model", "dtype") if first.get(key)))
     for ax in axes:
         ax.imshow(image)
         ax.grid(False)
@@ -102,14 +107,7 @@ def maps_figure(image, rows, change):
             where = (cuts if signed else f"layer {first['layer']}") + ", tiles" * (len(views) > 1 and mine is views[1])
             ax.set_title(f"{label.split(',')[0]}, {where}", fontsize=8)
             fig.colorbar(ScalarMappable(norm, tint), ax=ax, shrink=0.7).set_label(label, fontsize=8)
-    return fig
-
-
-def drawable(text):
-    """Text with a box in place of each letter that the picture's font lacks, so that none is left out silently."""
-    from matplotlib import font_manager, ft2font
-    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
-    return "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "\u25a1" for c in text)
+    return finish(fig)
 
 
 def groups(image, grouped, boxes, annotated, picture):

@@ -1,19 +1,12 @@
 """
-harness/plots.py - pictures from the CSVs of runs, all in one style.
+harness/plots.py - one function for each kind of CSV that a run writes, and the picture that is drawn from it.
 
 Run     python -m harness.plots out/knockout/knockout.csv         draws knockout.png beside it again
         python -m harness.plots A/knockout.csv B/knockout.csv --out both.svg      two runs in one picture
-Needs   matplotlib and numpy, and intervals.py beside it.
-Paper   https://arxiv.org/abs/2411.18620, the layout of figures 3-5
-
-A picture is drawn from a CSV that a run wrote, never from numbers in memory: it shows what is on disk. The CSV is read
-row by row, in memory that does not grow with the number of questions, and no matplotlib backend is chosen.
+Needs   matplotlib and numpy; canvas.py, curves.py, tables.py and intervals.py beside it.
 """
 import argparse
-import csv
 import json
-import math
-import os
 import sys
 from collections import defaultdict
 from itertools import groupby
@@ -21,127 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.intervals import FEW, Mean, paired_interval
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-
-
-def page(width, height):
-    """An empty figure, in inches. Not pyplot's: that would open windows, and choose a backend for a whole notebook."""
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def figure(panels, title, x_label, y_label):
-    """An empty figure of so many panels -> (figure, list of axes)."""
-    if panels > 60:
-        raise ValueError(f"{title}: {panels} panels are too many for a picture")
-    columns = min(panels, 3)
-    rows = -(-panels // columns)
-    width = 5.0 if panels == 1 else 3.6
-    fig = page(width * columns + 0.4, 2.9 * rows + 1.0)
-    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
-        ax.tick_params(labelsize=8)
-    for ax in axes[panels:]:
-        ax.set_visible(False)
-    for i in range(panels):
-        if i + columns >= panels:                                   # the lowest panel of its column
-            axes[i].set_xlabel(x_label, fontsize=9)
-        if i % columns == 0:
-            axes[i].set_ylabel(y_label, fontsize=9)
-    fig.suptitle(title, fontsize=10, parse_math=False)              # a question may hold a dollar sign
-    return fig, axes[:panels]
-
-
-def rows(file, needed, empty=False):
-    """A run's CSV -> its rows as dicts, one by one; rows in memory are given as they are. ValueError: it cannot be
-    read, lacks a column, or has no rows and `empty` does not allow that."""
-    if not isinstance(file, str | Path):
-        yield from file
-        return
-    if Path(file).exists() and not Path(file).is_file():
-        raise ValueError(f"{file} is not a file, but a folder, a pipe or a device")
-    try:
-        with open(file, newline="", encoding="utf-8") as f:
-            row = None
-            for row in csv.DictReader(f):
-                missing = [c for c in needed if row.get(c) is None]
-                if missing:
-                    raise ValueError(f"{file} has no column {', '.join(missing)}, or a row is cut off")
-                yield row
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{file} is not a run's CSV ({getattr(e, 'strerror', None) or e})") from e
-    if row is None and not empty:
-        raise ValueError(f"{file} has no rows")
-
-
-def read(file, needed):
-    """The same as a list."""
-    return list(rows(file, needed))
-
-
-def distinct(file, column):
-    """The values of a column, each once, in the order in which they come."""
-    return list(dict.fromkeys(row[column] for row in rows(file, (column,))))
-
-
-def number(file, row, column, whole=False, least=-1e30):
-    """A cell as a number. ValueError: it is none, or none that can be drawn."""
-    try:
-        value = float(row[column])
-    except ValueError:
-        value = math.nan
-    if not least <= value <= 1e30 or whole and value != int(value):
-        raise ValueError(f"{file}: {column} {row[column][:30]!r} is not a number that can be drawn")
-    return int(value) if whole else value
-
-
-def save(fig, file):
-    """Write a picture, whole or not at all. OSError names it."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".new.{os.getpid()}.{file.name}")         # the ending says which format it has
-    try:
-        fig.savefig(new, dpi=150)
-        os.replace(new, file)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(file)) from e
-    finally:
-        new.unlink(missing_ok=True)
-
+from harness.canvas import COLOURS, MARKERS, STYLES, figure, finish, in_words, one_scale, page, save, set_title
+from harness.curves import NO_PAIR, curves, difference, legend, measured_with
+from harness.intervals import paired_interval
+from harness.tables import distinct, number, read, rows
 
 # --measure -> (columns of knockout.csv whose difference is drawn, label of the y axis)
 MEASURES = {"first": ("change_percent", None, "change of P(answer), %"),
             "answer": ("logp_per_token_knockout", "logp_per_token_base", "change of log P(answer), nats per token"),
             "margin": ("margin_knockout", "margin_base", "change of the margin, nats")}
-
-NO_PAIR = "--measure margin: no question has a second option; pass --options A,B and --answer A, or measure answer"
-
-
-def knockout(file, picture, measure="first"):
-    """knockout.csv -> a picture: a panel per task, a curve per edge, the mean over questions with its 95 % interval.
-
-    Rows of several windows, as in figures 7 and 8, get a panel per window. file: one CSV, or a list of several runs',
-    which are told apart by line style. -> what was drawn: {(panel, edge): (layers, mean changes, number of questions)}
-    """
-    fig, drawn = knockout_figure(file, measure)
-    save(fig, picture)
-    return drawn
-
-
-def knockout_figure(file, measure="first"):
-    """The same -> (figure, what was drawn). file: also rows that were measured in memory, a list of dicts."""
-    sources = dict(zip(run_labels(file), file, strict=True)) if is_several(file) else {"": file}
-    seen = list(dict.fromkeys(window for source in sources.values() for window in distinct(source, "window")))
-    panel = "task" if len(seen) == 1 or len(sources) > 1 else "window"
-    title = "Attention knockout" + (f", window {seen[0]}" if len(seen) == 1 else "")
-    value, less, label = MEASURES[measure]
-    return curves(sources, "edge", value, 1, title, "layer at the centre of the window", label, 0, panel=panel,
-                  at_least=(-5, 1) if measure == "first" else None, less=less)
 
 
 def is_several(file):
@@ -178,11 +59,30 @@ def measured(file, row, measure):
     return difference(file, row, *MEASURES[measure][:2])
 
 
-def difference(file, row, value, less=None):
-    """A cell, or what it exceeds the one of the column `less` by; None, if that pair of cells is empty."""
-    if less and row[value] == "":
-        return None
-    return number(file, row, value) - (number(file, row, less) if less else 0)
+# ---------------------------------------------------------------------------------------------------- kinds of CSV
+
+def knockout(file, picture, measure="first"):
+    """knockout.csv -> a picture: a panel per task, a curve per edge, the mean over questions with its 95 % interval.
+
+    Rows of several windows, as in figures 7 and 8, get a panel per edge. file: one CSV, or a list of several runs',
+    which are told apart by line style. -> what was drawn: {(task, edge): (layers, mean changes, number of questions)};
+    of several windows, edge and window in their place.
+    """
+    fig, drawn = knockout_figure(file, measure)
+    save(fig, picture)
+    return drawn
+
+
+def knockout_figure(file, measure="first"):
+    """The same -> (figure, what was drawn). file: also rows that were measured in memory, a list of dicts."""
+    sources = dict(zip(run_labels(file), file, strict=True)) if is_several(file) else {"": file}
+    windows = {window for source in sources.values() for window in distinct(source, "window")}
+    by_window = len(windows) > 1 and len(sources) == 1
+    value, less, label = MEASURES[measure]
+    return curves(sources, "window" if by_window else "edge", value, 1,
+                  "Attention knockout, one edge cut around each layer in turn", "layer at the centre of the window",
+                  label, 0, panel="edge" if by_window else "task", at_least=(-5, 1) if measure == "first" else None,
+                  less=less)
 
 
 def heads(file, picture, top, measure="first"):
@@ -223,11 +123,12 @@ def heads_figure(file, top, measure="first"):
     ax.set_xlabel("head", fontsize=9)
     ax.set_ylabel("layer" if window == "1" else f"layer at the centre of the window of {window}", fontsize=9)
     fig.colorbar(shown, label=f"mean {label}")
-    fig.suptitle(f"{edge}, cut for one head at a time (n = {len(asked)})", fontsize=9, parse_math=False)
+    own, how = measured_with(file)
+    set_title(fig, own, f"{in_words(edge)}, cut for one head at a time (n = {len(asked)})", how)
     lines = [f"rank  layer  head  mean {label}"]
     lines += [f"{rank:4}  {layer:5}  {head:4}  {mean[layer, head]:+.3f}"
               for rank, (layer, head) in enumerate(ranked, 1)]
-    return fig, ranked, lines
+    return finish(fig), ranked, lines
 
 
 def lens(file, picture):
@@ -249,7 +150,7 @@ def lens_figure(file):
 def jaccard(file, picture):
     """jaccard.csv -> a picture: a panel per task, a curve per intervention. Returns as `knockout` does."""
     where = {"->" in name for name in distinct(file, "intervention")}   # edges: a centred window; modules: its start
-    title = f"The question's likeliest words with and without, window {', '.join(distinct(file, 'window'))}"
+    title = "The question's likeliest words, with and without an intervention"
     fig, drawn = curves({"": file}, "intervention", "jaccard", 1, title,
                         {(True,): "layer at the centre of the window", (False,): "first layer of the window",
                          (False, True): "window's first layer (edges: its centre)"}[tuple(sorted(where))],
@@ -281,13 +182,13 @@ def patch_figure(file):
 
 
 def prune(file, picture):
-    """prune.csv -> a picture: a panel per task; accuracy with the 95 % interval of its change, time and FLOPs over X.
+    """prune.csv -> a picture: over X, accuracy with the 95 % interval of its change, a panel per task; time and FLOPs.
 
     -> {task: {X: dict of accuracy; change, from X = 0; low and high, of the change's interval; time and flops, as
     shares of those at X = 0 (medians over questions); tokens: image tokens, mean over layers and questions}}
     """
     needed = ("question_id", "task", "removed_layers", "correct", "seconds", "prefill_flops", "image_tokens")
-    by_task, known, keeps = defaultdict(lambda: defaultdict(list)), set(), {}
+    by_task, cost, known, keeps = defaultdict(lambda: defaultdict(list)), defaultdict(list), set(), {}
     for (task, question), mine in groupby(rows(file, needed), lambda row: (row["task"], row["question_id"])):
         numbers = {}                                                # X -> correct, seconds, FLOPs, image tokens
         for row in mine:
@@ -302,6 +203,7 @@ def prune(file, picture):
             raise ValueError(f"{file}: question {question} has a correct that is not 0 or 1, or took no time")
         for X, (c, s, f, tokens) in sorted(numbers.items()):
             by_task[task][X].append((c, c - correct, s / seconds, f / flops, tokens))
+            cost[X].append((s / seconds, f / flops))
     drawn = defaultdict(dict)
     for task, by_x in by_task.items():
         before = np.mean([v[0] for v in by_x[0]])
@@ -313,131 +215,67 @@ def prune(file, picture):
     what = {(True,): "accuracy", (False,): "agreement with X = 0", (False, True): "accuracy, or agreement with X = 0"}[
         tuple(sorted(known))]
     keep = ", ".join(keeps)
-    title = "Without the image in the last X layers" + ("" if keep == "none" else f", keeping {keep}")
-    fig, axes = figure(len(by_task), title, "X", "%")
-    for ax, (task, by_x) in zip(axes, drawn.items(), strict=True):
-        xs = list(by_x)
-        for key, colour, label in (("accuracy", COLOURS[0], what), ("time", COLOURS[1], "time, % of X = 0"),
-                                   ("flops", COLOURS[4], "prefill FLOPs, % of X = 0")):
-            values = np.array([100 * v[key] for v in by_x.values()])
-            line, = ax.plot(xs, values, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
-            if key == "accuracy":
-                low, high = (np.clip([values[0] + 100 * v[end] for X, v in by_x.items() if X], 0, 100)
-                             for end in ("low", "high"))
-                ax.fill_between([X for X in xs if X], low, high, color=colour, alpha=0.18, linewidth=0)
-        ax.set_title(f"{task} (n = {len(by_task[task][0])})", fontsize=9, parse_math=False)
-        ax.set_ylim(0, 105 * max(1, *(max(v["time"], v["flops"]) for v in by_x.values())))
+    fig, axes = figure(len(by_task) + 1, "", "X: layers without the image", f"{what}, %")
+    for ax, (task, by_x) in zip(axes[:-1], drawn.items(), strict=True):
+        shares = np.array([100 * v["accuracy"] for v in by_x.values()])
+        ax.plot(list(by_x), shares, color=COLOURS[0], linewidth=1.6, marker="o", markersize=2.5)
+        low, high = (np.clip([shares[0] + 100 * v[end] for X, v in by_x.items() if X], 0, 100)
+                     for end in ("low", "high"))
+        ax.fill_between([X for X in by_x if X], low, high, color=COLOURS[0], alpha=0.18, linewidth=0)
+        ax.set_title(f"{task} (n = {len(by_task[task][0])})", fontsize=9)
+        ax.set_ylim(-3, 103)
+    lines = {}
+    for i, name in enumerate(("time", "FLOPs of the prefill")):
+        middle = [100 * np.median([pair[i] for pair in pairs]) for pairs in cost.values()]
+        lines[f"{name}: median over questions"], = axes[-1].plot(
+            list(cost), middle, color=COLOURS[1 + 3 * i], linestyle=STYLES[i], marker=MARKERS[i], linewidth=1.6,
+            markersize=2.5)
+    axes[-1].set_title("cost of a question", fontsize=9)
+    axes[-1].set_ylabel("% of X = 0", fontsize=9)
+    axes[-1].set_ylim(0, max(105, axes[-1].get_ylim()[1]))
+    for ax in axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    own, how = measured_with(file)
+    set_title(fig, own, "Without the image in the last X layers" + ("" if keep == "none" else f", keeping {keep}"),
+              f"{how}{how and '; '}bands: 95 % CI of the change from X = 0")
+    legend(fig, lines)
     save(fig, picture)
     return drawn
+
+
+LARGE = 57.0                                       # the paper's: of CLIP ViT-L/14-336's 576 patches, 3.3 exceed it
+
+
+def threshold(norms):
+    """The norm above which figure 16 leaves patches out. If more than one patch in twenty exceeds LARGE, it is another
+    tower; then the norm that as many exceed there as LARGE in the paper's."""
+    norms = sorted(norms)
+    few = sum(norm > LARGE for norm in norms) <= len(norms) / 20
+    return LARGE if few else norms[round(len(norms) * (1 - 3.3 / 576)) - 1]
 
 
 def norms(file, picture):
     """norms.csv -> a picture: a panel per task, a histogram of the norms of a photo's patch features."""
     needed = ("question_id", "task", "norm")
-    edges = np.linspace(0, max(60.0, *(number(file, row, "norm", least=0) for row in rows(file, needed))), 61)
-    by_task = defaultdict(lambda: [0, np.zeros(60), 0])             # questions, patches in each bin, above 57
+    everything = np.array([number(file, row, "norm", least=0) for row in rows(file, needed)])
+    limit, edges = threshold(everything), np.linspace(0, max(60.0, everything.max()), 61)
+    by_task = defaultdict(lambda: [0, np.zeros(60), 0])             # questions, patches in each bin, above the limit
     for (task, _), mine in groupby(rows(file, needed), lambda row: (row["task"], row["question_id"])):
         values = np.array([number(file, row, "norm") for row in mine])
         counts = by_task[task]
-        counts[:] = counts[0] + 1, counts[1] + np.histogram(values, edges)[0], counts[2] + (values > 57).sum()
-    fig, axes = figure(len(by_task), "L2 norm of the vision tower's patch features", "norm", "patches of a picture")
+        counts[:] = counts[0] + 1, counts[1] + np.histogram(values, edges)[0], counts[2] + (values > limit).sum()
+    fig, axes = figure(len(by_task), "", "norm", "patches of a picture")
     for ax, (task, (n, bins, above)) in zip(axes, by_task.items(), strict=True):
         ax.hist(edges[:-1], edges, weights=bins / n, color=COLOURS[0])
-        ax.axvline(57, color=COLOURS[1], linewidth=1)               # the paper's threshold
+        line = ax.axvline(limit, color=COLOURS[1], linewidth=1)
         ax.set_yscale("log")
-        ax.set_title(f"{task} (n = {n}), {above / n:.1f} above 57", fontsize=9, parse_math=False)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set_title(f"{in_words(task)} (n = {n}), {above / n:.1f} above {limit:.4g}", fontsize=9)
+    one_scale(axes)
+    own, how = measured_with(file)
+    set_title(fig, own, "L2 norm of the vision tower's patch features", how)
+    legend(fig, {f"{limit:.4g}: above it, figure 16 leaves patches out": line})
     save(fig, picture)
-
-
-SATURATED = 0.99                                   # a probability from which a cut can hardly change it any more
-
-
-def curves(sources, series, value, scale, title, x_label, y_label, level=None, limits=None, at_least=None, panel="task",
-           less=None):
-    """CSVs of runs -> a panel per value of the column `panel`, a curve over layers per value of `series`: means with
-    95 % intervals (see Mean); below FEW questions, each one's own curve instead of the interval.
-
-    sources: {label: file, or list of rows}; where there are several, each has a line style of its own. less: a column
-    that is subtracted from `value`; rows in which they are empty are left out. level: where a line marks "no change".
-    limits: of the y axis, where the values have limits. at_least: a range that the y axis shows in any case, so that
-    differences by rounding do not fill the panel. Series named "NAME, random ..." are controls of NAME: their mean and
-    range are drawn in grey.
-    -> (figure, {(panel, series): (layers, means, number of questions)})
-    """
-    needed = tuple(dict.fromkeys(("question_id", "task", "layer", series, value, panel, *([less] if less else []))))
-    names = {name for file in sources.values() for name in distinct(file, series)}
-    controls = any(", random " in name for name in names)
-    panels = len({place for file in sources.values() for place in distinct(file, panel)})
-    apart = controls and panels * sum(", random " not in name for name in names) <= 60
-    by_panel, layers, drawn, lines = defaultdict(lambda: defaultdict(Mean)), {}, {}, {}
-    sure = defaultdict(dict)                                        # panel -> {question: is it sure of its answer?}
-    for label, file in sources.items():
-        for (place, name, *question), mine in groupby(rows(file, needed), lambda row: (
-                row[panel], row[series], row["task"], row["question_id"], row.get("window"))):
-            mine = list(mine)
-            points = {number(file, row, "layer", whole=True, least=0): scale * change for row in mine
-                      if (change := difference(file, row, value, less)) is not None}
-            if not points:
-                continue
-            place, control = place if panel == "task" else f"{panel} {place}", ", random " in name
-            place = place, name.partition(", random ")[0] if apart else ""          # grey bands need a panel each
-            name = (f"{label}: {name}" if label and len(sources) > 1 else name, label)
-            if list(points) != layers.setdefault(name, list(points)) or not control and (
-                    list(points) != layers.setdefault(None, list(points))):
-                raise ValueError(f"{file} does not have the same layers for every question and {series}")
-            by_panel[place][name].add(list(points.values()), interval=not control)
-            sure[place][tuple(question)] = bool(mine[0].get("p_base")) and number(file, mine[0], "p_base") > SATURATED
-    if not by_panel:
-        raise ValueError(NO_PAIR)
-    curve = [name for name in dict.fromkeys(name for named in by_panel.values() for name in named)
-             if ", random " not in name[0]]
-    plain = list(dict.fromkeys(name.removeprefix(f"{label}: ") for name, label in curve))
-    labels = list(dict.fromkeys(label for _, label in curve))
-    fig, axes = figure(len(by_panel), title, x_label, y_label)
-    for ax, (place, named) in zip(axes, by_panel.items(), strict=True):
-        counts = [mean.n for mean in named.values()]
-        for name in (name for name in curve if name in named):
-            mean, i = named[name], plain.index(name[0].removeprefix(f"{name[1]}: "))
-            colour = COLOURS[i % len(COLOURS)]
-            style = ("-", "--", ":", "-.")[(i // len(COLOURS) if len(labels) == 1 else labels.index(name[1])) % 4]
-            lines[name[0]], = ax.plot(layers[name], mean.mean(), style, color=colour, linewidth=1.6, marker="o",
-                                      markersize=2.5)
-            if mean.n < FEW:
-                ax.plot(layers[name], np.transpose(mean.few), style, color=colour, linewidth=0.5, alpha=0.45)
-            else:
-                ax.fill_between(layers[name], *mean.interval(), color=colour, alpha=0.18, linewidth=0)
-            drawn[place[0], name[0]] = layers[name], mean.mean().tolist(), mean.n
-            if random := [other for other in named if other[0].startswith(f"{name[0]}, random ")]:
-                values, at = np.array([named[other].mean() for other in random]), layers[random[0]]
-                grey, = ax.plot(at, values.mean(0), "o", color="#777777", linewidth=0.8, markersize=3.5, zorder=0)
-                if len(at) < len(layers[name]) / 2:                 # a few layers: bars, which promise nothing between
-                    ax.vlines(at, values.min(0), values.max(0), color="#aaaaaa", linewidth=5, alpha=0.6, zorder=0)
-                else:
-                    grey.set_linestyle("-")
-                    ax.fill_between(at, values.min(0), values.max(0), color="#999999", alpha=0.3, linewidth=0, zorder=0)
-                what = random[0][0].split(", random ")[1].split()[0]
-                lines[f"{len(values)} random {what}s: mean, lowest and highest"] = grey
-        if limits:
-            ax.set_ylim(limits)
-        if at_least:
-            low, high = ax.get_ylim()
-            ax.set_ylim(min(low, at_least[0]), max(high, at_least[1]))
-        if level is not None:
-            ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
-        n = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
-        saturated = value == "change_percent" and sum(sure[place].values()) >= 0.9 * len(sure[place])
-        note = f"\nsaturated: P(answer) > {SATURATED} without a cut" * saturated
-        ax.set_title(f"{', '.join(filter(None, place))} (n = {n}){note}", fontsize=9, parse_math=False)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    room = int(16 * fig.get_figwidth()) // (8 + max(map(len, lines)))       # characters of 8 points, and a line's piece
-    columns = min(len(lines), 3, max(1, room))
-    legend = fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8,
-                        frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    return fig, drawn
 
 
 def accuracy(file, picture):
@@ -455,10 +293,10 @@ def accuracy(file, picture):
         ax.text(x, y, f"{shares[y, x]:.1f}\n{low:.0f} to {high:.0f}\nn = {row['questions']}", ha="center", va="center",
                 fontsize=7, color="white" if shares[y, x] > 60 else "black")
     shown = ax.imshow(shares, vmin=0, vmax=100, cmap="Blues", aspect="auto")
-    ax.set_xticks(range(len(across)), across, fontsize=8, parse_math=False)
-    ax.set_yticks(range(len(down)), down, fontsize=8, parse_math=False)
+    ax.set_xticks(range(len(across)), across, fontsize=8)
+    ax.set_yticks(range(len(down)), down, fontsize=8)
     fig.colorbar(shown, label="accuracy, %")
-    fig.suptitle("Accuracy by kind of question, with 95 % intervals", fontsize=10)
+    set_title(fig, "Accuracy by kind of question, with its 95 % CI", measured_with(file)[1])
     save(fig, picture)
 
 

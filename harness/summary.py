@@ -1,14 +1,15 @@
 """
 harness/summary.py - what a run of knockout.py is called, and the lines that it prints at its end.
 
-Needs   numpy; plots.py and runs.py beside it.
+Needs   numpy; plots.py, tables.py and runs.py beside it.
 """
 from collections import defaultdict
 
 import numpy as np
 
-from harness.plots import MEASURES, measured, rows
+from harness.plots import MEASURES, measured
 from harness.runs import text_hash
+from harness.tables import rows
 
 
 def csv_name(s, config):
@@ -24,18 +25,27 @@ def csv_name(s, config):
 LINES = 10                                         # so many of a run's curves are printed
 
 
+def peaks(drawn, text, rank=abs, least=0, nothing=""):
+    """What a function of plots.py drew -> lines: of the curves with the highest peaks, each one's, highest first.
+
+    drawn: {(task, name): (layers, means, number of questions)}. text: a format of the peak and its layer. rank(value):
+    how high it is; below `least`, `nothing` is said instead.
+    """
+    tops = [(*max(zip(mean, layers, strict=True), key=lambda pair: rank(pair[0])), task, name, n)
+            for (task, name), (layers, mean, n) in drawn.items()]
+    tops.sort(key=lambda top: -rank(top[0]))
+    for value, layer, task, name, n in tops[:LINES]:
+        said = nothing if nothing and rank(value) < least else text.format(value, layer)
+        yield f"{task}, {name}: {said} (n = {n})"
+    if len(tops) > LINES:
+        yield f"{len(tops) - LINES} more curves: see the picture"
+
+
 def knockout_lines(drawn, measure="first"):
-    """What `knockout` returns -> a line for each of the curves that change most: its largest mean change."""
-    unit, least = ("%", 0.05) if measure == "first" else ("nats", 0.0005)
-    peaks = [(*max(zip(mean, layers, strict=True), key=lambda pair: abs(pair[0])), task, edge, n)
-             for (task, edge), (layers, mean, n) in drawn.items()]
-    peaks.sort(key=lambda peak: -abs(peak[0]))
-    for change, layer, task, edge, n in peaks[:LINES]:
-        shown = f"{change:+.1f}" if measure == "first" else f"{change:+.3f}"
-        yield (f"{task}, {edge}: largest mean change {shown} {unit}, around layer {layer} (n = {n})"
-               if abs(change) >= least else f"{task}, {edge}: no change of {least:g} {unit} in any layer (n = {n})")
-    if len(peaks) > LINES:
-        yield f"{len(peaks) - LINES} more curves change less than these: see the picture"
+    """What `knockout` returns -> those lines."""
+    unit, least, shown = ("%", 0.05, "{:+.1f}") if measure == "first" else ("nats", 0.0005, "{:+.3f}")
+    return peaks(drawn, f"largest mean change {shown} {unit}, around layer {{}}", abs, least,
+                 f"no change of {least:g} {unit} in any layer")
 
 
 def joint_lines(file, measure="first"):

@@ -46,7 +46,7 @@ def test_knockout_writes_a_row_per_question_edge_and_layer_equal_to_the_plain_cu
     assert err.startswith(f"model {checkpoint(kind)} ") and err.count("model ") == 1    # one line of what was resolved
     rows, m = read(out / "knockout.csv"), model(kind)
     L, edges = len(m.decoder.layers), ["last->last", "image->question", "true_option->last"]
-    assert tuple(rows[0]) == knockout.COLUMNS
+    assert tuple(rows[0]) == (*knockout.COLUMNS, "model", "dtype", "subword", "heads")
     assert [(r["question_id"], r["edge"], int(r["layer"])) for r in rows] == [
         (q, e, l) for q in ("01", "02", "03") for e in edges for l in range(L)]
     for q in read_csv(data[1], data[3]):

@@ -70,15 +70,15 @@ def test_the_rows_of_a_figure_are_those_the_instrument_writes(call, data, checkp
 
 
 @pytest.mark.slow
-def test_a_figure_of_one_task_asks_that_task_alone_and_draws_a_panel_per_window(call, data, checkpoint, tmp_path):
+def test_a_figure_of_one_task_asks_that_task_alone_and_draws_a_curve_per_window(call, data, checkpoint, tmp_path):
     code, _, err = call(figures.main, 8, 37, 14, "--model", checkpoint("llava-1.5"), *data, "--all", "--limit", 1,
                         "--out", tmp_path / "out")
     assert code == 0, err
     rows = read(tmp_path / "out" / "figure_8.csv")
     assert [int(k) for k in dict.fromkeys(r["window"] for r in rows)] == list(figures.WINDOWS)
     assert {r["task"] for r in rows} == {"ChooseAttr"}
-    panels = [panel for panel, _ in plots.knockout(tmp_path / "out" / "figure_8.csv", tmp_path / "again.png")]
-    assert panels == [f"window {k}" for k in figures.WINDOWS]
+    drawn = plots.knockout(tmp_path / "out" / "figure_8.csv", tmp_path / "again.png")
+    assert list(drawn) == [("image->question", str(k)) for k in figures.WINDOWS]        # a panel, a curve per window
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out" / "figure_8.png").read_bytes()
     assert {r["intervention"] for r in read(tmp_path / "out" / "figure_37.csv")} == {"image->question"}
     assert "0" in {r["removed_layers"] for r in read(tmp_path / "out" / "figure_14.csv")}
@@ -165,13 +165,10 @@ def test_tables_are_what_eval_gqa_counts_and_collects(call, tmp_path):
     refused(call(figures.main, "table2", "--image", tmp_path / "a.jpg", "--question", "What?"), "table2", "JSON")
 
 
-def test_figure_16_leaves_out_above_57_or_what_as_many_patches_exceed(tmp_path):
-    def file(norms):
-        (tmp_path / "norms.csv").write_text("norm\n" + "".join(f"{n}\n" for n in norms))
-        return tmp_path / "norms.csv"
-    assert figures.threshold(file([30.0] * 572 + [60.0] * 4)) == 57
+def test_figure_16_leaves_out_above_57_or_what_as_many_patches_exceed():
+    assert plots.threshold([30.0] * 572 + [60.0] * 4) == 57
     other = [100.0 + i for i in range(576)]
-    left = figures.threshold(file(other))
+    left = plots.threshold(other)
     assert sum(n > left for n in other) == 3                        # of 576; the paper has 3.3
 
 

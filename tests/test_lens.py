@@ -155,7 +155,7 @@ def test_lens_writes_a_row_per_question_layer_and_word(call, data, checkpoint, m
     rows, m = read(out / "lens.csv"), model("llava-1.5")
     L = len(m.decoder.layers)
     kinds = ["answer_lower", "answer_capitalized", "false_lower", "false_capitalized"]
-    assert tuple(rows[0]) == lens.COLUMNS["lens.csv"]
+    assert tuple(rows[0]) == (*lens.COLUMNS["lens.csv"], "model", "dtype")
     assert [(r["question_id"], r["kind"], int(r["layer"])) for r in rows] == [
         (q, kind, l) for q in ("01", "02", "03") for kind in kinds for l in range(L + 1)]
     first = {r["kind"]: r["word"] for r in rows if r["question_id"] == "01"}
@@ -177,7 +177,7 @@ def test_jaccard_of_modules_and_edges_and_their_plain_way(call, data, checkpoint
     assert code == 0, err
     assert call(lens.main, *argv, "--plain", "--out", tmp_path / "slow")[0] == 0
     fast, slow = (read(tmp_path / d / "jaccard.csv") for d in ("fast", "slow"))
-    assert fast == slow and tuple(fast[0]) == lens.COLUMNS["jaccard.csv"]
+    assert fast == slow and tuple(fast[0]) == (*lens.COLUMNS["jaccard.csv"], "model", "dtype")
     assert {r["intervention"] for r in fast} == {"no attention", "no mlp", "image->question", "image->last"}
     assert {r["jaccard"] for r in fast if r["intervention"] == "image->last"} == {"1.0"}
     assert all(0 <= float(r["jaccard"]) <= 1 for r in fast) and "lowest mean Jaccard" in stdout
@@ -198,7 +198,7 @@ def test_top_shows_the_most_probable_words_as_table_file_and_picture(call, photo
     assert places in (None, len(positions))
     with open(out / "top.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == (L + 1) * len(positions) * 2 and tuple(rows[0]) == lens.COLUMNS["top.csv"]
+    assert len(rows) == (L + 1) * len(positions) * 2 and tuple(rows[0]) == (*lens.COLUMNS["top.csv"], "model", "dtype")
     stream = clean_pass(m.decoder, m.embed(p), p.positions).stream
     ours = lens.lens(m.decoder, stream, positions, "raw").topk(2)
     assert [float(r["probability"]) for r in rows] == pytest.approx(ours.values.flatten().tolist(), rel=1e-4)

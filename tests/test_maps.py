@@ -90,7 +90,7 @@ def test_the_command_writes_a_row_per_block_with_its_place_and_the_numbers_of_kn
     rows, m = read(tmp_path / "map.csv"), model(kind)
     p = m.prompt("Is the cup red or blue?", photo)
     boxes, blocks = patch_boxes(p.size, p.geometry), blocks_of(p.slots)
-    assert tuple(rows[0]) == maps.COLUMNS and len(rows) == len(blocks)
+    assert tuple(rows[0]) == (*maps.COLUMNS, "model", "dtype") and len(rows) == len(blocks)
     for row, (i,) in zip(rows, blocks, strict=True):
         place = [float(row[name] or "nan") for name in ("x0", "y0", "x1", "y1")]
         assert place == pytest.approx(boxes[i].tolist(), nan_ok=True)

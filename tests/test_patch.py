@@ -166,7 +166,7 @@ def both(call, tmp_path, *argv):
 def test_the_bundled_pairs_are_patched_as_the_plain_way_does(call, tmp_path, how):
     data = ("--data", patch.PAIRS / "pairs_ChooseAttr.csv", "--images", patch.PAIRS / "clean")
     fast, slow = both(call, tmp_path, *(data if "--grey" in how or "--noise" in how else ()), "--limit", 3, *how)
-    assert tuple(fast[0]) == patch.COLUMNS and len(fast) == len(slow) > 0
+    assert tuple(fast[0]) == (*patch.COLUMNS, "model", "dtype") and len(fast) == len(slow) > 0
     for a, b in zip(fast, slow, strict=True):
         assert {k: v for k, v in a.items() if not k.startswith(("margin_p", "share"))} == {
             k: v for k, v in b.items() if not k.startswith(("margin_p", "share"))}

@@ -150,7 +150,8 @@ def test_controls_are_drawn_grey_and_each_edge_in_a_panel_of_its_own(tmp_path, m
     (tmp_path / "k.csv").write_text("\n".join([head, *rows]) + "\n")
     fig = drawn_as(monkeypatch, tmp_path / "k.csv")
     first, second = fig.axes
-    assert first.get_title().startswith("t, a->b (n = 1)") and second.get_title().startswith("t, c->d (n = 1)")
+    assert first.get_title().startswith("t, a \u2192 b (n = 1)")
+    assert second.get_title().startswith("t, c \u2192 d (n = 1)")
     grey = [line for line in first.lines if line.get_color() == "#777777"]
     assert [line.get_ydata().tolist() for line in grey] == [[-2.0] * len(layers)]
     assert [line.get_xdata().tolist() for line in grey] == [list(layers)]
@@ -168,10 +169,11 @@ def test_two_runs_in_one_picture_are_told_apart_by_style_and_by_what_differs(cal
             {"csv": "knockout.csv", "model": "m", "settings": {"window": window, "dtype": dtype, "heads": None}}))
     files = [tmp_path / name / "knockout.csv" for name in "AB"]
     fig = drawn_as(monkeypatch, files)
-    a, b = fig.axes[0].lines[0], fig.axes[0].lines[2]               # each is followed by its one question's curve
+    a, b, _ = fig.axes[0].lines
     assert a.get_color() == b.get_color() and a.get_linestyle() != b.get_linestyle()
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["float32, window 3: a->b",
-                                                                        "bfloat16, window 5: a->b"]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a \u2192 b", "float32, window 3",
+                                                                        "bfloat16, window 5"]
+    assert [line.get_linestyle() for line in fig.legends[0].get_lines()][1:] == [a.get_linestyle(), b.get_linestyle()]
     monkeypatch.undo()
     for end, mark in ((".svg", b"<?xml"), (".pdf", b"%PDF"), (".png", b"\x89PNG")):
         both = tmp_path / f"both{end}"

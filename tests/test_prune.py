@@ -139,7 +139,7 @@ def test_prune_writes_a_row_per_question_and_x(call, data, checkpoint, model, tm
                              "float32", "--repeats", 2, "--out", out)
     assert code == 0, err
     rows, m = read(out / "prune.csv"), model("llava-1.6")
-    assert tuple(rows[0]) == prune.COLUMNS
+    assert tuple(rows[0]) == (*prune.COLUMNS, "model", "dtype")
     assert [(r["question_id"], int(r["removed_layers"])) for r in rows] == [
         (q, X) for q in ("01", "02", "03") for X in (0, 1, 2)]
     L = len(m.decoder.layers)
