@@ -94,6 +94,11 @@ def test_the_files_are_small_and_hold_no_surprise():
         assert {f.name for f in (FOLDER / name).iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
 
 
+def test_the_pages_in_docs_are_of_these_weights(name):
+    page = (FOLDER.parent / "docs" / f"explain-{name}.html").read_text(encoding="utf-8")
+    assert f'"weights":"{hub.weights_hash(hub.resolve(name).files)}"' in page
+
+
 def test_the_bundled_questions_are_what_make_writes(tmp_path):
     make(tmp_path, 0, 0, 150)
     for file in sorted(tmp_path.glob("*.json")):

@@ -371,6 +371,10 @@ def write_model(out, model, raw):
         if old == "decoder.":                                       # what vicuna.rename takes out of a name
             name = re.sub(r"\.(?=[qkvo]_proj\.)", ".self_attn.", re.sub(r"\.(?=(gate|up|down)_proj\.)", ".mlp.", name))
         tensors[name] = p.detach().half()
+    # LLaVA reads the tower before this norm, but published files have it, and transformers warns where it is missing.
+    one = torch.ones(model.config.vision.width, dtype=torch.float16)
+    tensors |= {f"vision_tower.vision_model.post_layernorm.{name}": value
+                for name, value in (("weight", one), ("bias", 0 * one))}
     (out / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     (out / "tokenizer.json").write_text(model.tokenizer.to_str() + "\n", encoding="utf-8")
     save(out / "model.safetensors", tensors, format="pt")
