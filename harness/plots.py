@@ -3,7 +3,7 @@ harness/plots.py - pictures from the CSVs of runs, all in one style.
 
 Run     python -m harness.plots out/knockout/knockout.csv         draws knockout.png beside it again
         python -m harness.plots A/knockout.csv B/knockout.csv --out both.svg      two runs in one picture
-Needs   matplotlib and numpy, and intervals.py beside it.
+Needs   matplotlib and numpy, and errors.py and intervals.py beside it.
 Paper   https://arxiv.org/abs/2411.18620, the layout of figures 3-5
 
 A picture is drawn from a CSV that a run wrote, never from numbers in memory: it shows what is on disk. The CSV is read
@@ -14,13 +14,13 @@ import csv
 import json
 import math
 import os
-import sys
 from collections import defaultdict
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from harness.errors import files_of, one_line_errors
 from harness.intervals import FEW, Mean, paired_interval
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -469,6 +469,7 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="the picture: .png, .svg or .pdf (a .png beside the first CSV)")
     parser.add_argument("--measure", choices=MEASURES, default="first", help="of knockout.csv: see knockout.py --help")
     args = parser.parse_args()
+    args.csv = files_of("CSV", args.csv)
     file, picture = args.csv[0], args.out or Path(args.csv[0]).with_suffix(".png")
     draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune, "share": patch, "group": accuracy,
             "patch": norms}
@@ -488,10 +489,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)

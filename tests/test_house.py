@@ -27,11 +27,11 @@ ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py
          "lens.py": {"fork", "knockout"}, "prune.py": {"fork", "knockout"}, "eval_gqa.py": {"llava_min"},
          "patch.py": {"fork", "knockout", "score"}, "maps.py": {"fork", "knockout", "score"},
          "harness/runs.py": set(), "harness/intervals.py": set(), "harness/errors.py": set(),
-         "harness/plots.py": {"harness.intervals"}, "harness/photos.py": {"harness.plots"},
+         "harness/plots.py": {"harness.errors", "harness.intervals"}, "harness/photos.py": {"harness.plots"},
          "harness/summary.py": {"harness.plots", "harness.runs"},
          "offload.py": {"llava_min", "vicuna"},
          "harness/hub.py": {"llava_min", "llava_onevision", "vicuna", "offload", "harness.errors"},
-         "harness/flags.py": {"groups", "harness.hub", "harness.questions"},
+         "harness/flags.py": {"groups", "harness.errors", "harness.hub", "harness.questions"},
          "harness/questions.py": {"llava_min", "groups", "views"},
          "harness/experiment.py": {"llava_min", "groups", "fork", "offload", "score", "views", "harness.hub",
                                    "harness.questions", "harness.runs"}}
