@@ -273,6 +273,21 @@ def test_help_is_the_manual_with_an_example(call, script):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("terminal", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_without_accents_changes_nothing_but_what_it_shows(data, checkpoint, tmp_path, terminal):
+    """The question comes from a file and the answer goes to one, both in UTF-8; "?" stands on the terminal."""
+    asked = "Is the café’s cup red or blue?"
+    text = data[1].read_text(encoding="utf-8").replace("Is the cup red or blue?", asked)
+    data[1].write_text(text, encoding="utf-8")
+    for argv, shown in (((), "wrote "), (("--groups",), "the caf??s cup")):
+        done = subprocess.run([sys.executable, ROOT / "knockout.py", "--model", checkpoint("llava-1.5"), *data, "--all",
+                               "--limit", "1", "--edge", "image->last", "--out", tmp_path / "out", *argv],
+                              capture_output=True, encoding="ascii", env=os.environ | terminal)
+        assert done.returncode == 0 and shown in done.stdout, (done.stdout, done.stderr)
+    assert {row["question"] for row in read(tmp_path / "out" / "knockout.csv")} == {asked}
+
+
+@pytest.mark.slow
 def test_help_needs_no_model_and_no_data_beside_it():
     done = subprocess.run([sys.executable, ROOT / "knockout.py", "--help"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and "python knockout.py" in done.stdout and "usage:" in done.stdout and not done.stderr

@@ -84,6 +84,26 @@ def test_no_file_is_longer_than_500_lines_and_the_two_that_are_read_first_are_sh
     assert lengths["knockout.py"] <= 300 and lengths["llava_min.py"] <= 480
 
 
+def in_bytes(call):
+    """Is a call of `open` one for bytes, whichever mode its second argument comes to?"""
+    modes = [node.value for node in ast.walk(call.args[1]) if isinstance(node, ast.Constant)] if call.args[1:] else []
+    return bool(modes) and all(isinstance(mode, str) and "b" in mode for mode in modes)
+
+
+def test_every_text_is_read_and_written_as_utf_8_whatever_the_machines_own_encoding_is():
+    for name, file in FILES.items():
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            what, named = ast.unparse(call.func).rpartition(".")[2], {k.arg: k.value for k in call.keywords}
+            text = what in ("read_text", "write_text", "fdopen", "TextIOWrapper") or ast.unparse(call.func) in (
+                "open", "io.open") and not in_bytes(call)
+            assert not text or "encoding" in named, f"{name}, line {call.lineno}: {ast.unparse(call)}"
+            pipes = "encoding" not in named and any(isinstance(v := named.get(key), ast.Constant) and v.value is True
+                                                    for key in ("text", "universal_newlines"))
+            assert not pipes, f"{name}, line {call.lineno}: text from another process, in an encoding that is not named"
+
+
 def line_of(name, text):
     return 1 + FILES[name].read_text(encoding="utf-8").splitlines().index(text)
 
