@@ -36,6 +36,7 @@ if __name__ == "__main__":                         # Ctrl-C while torch is impor
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+from tqdm import tqdm
 
 import clip_vit
 import fork
@@ -62,7 +63,7 @@ def interleave(sides, repeats, device, peaks=None):
     peaks: a dict that takes what each needs at most at a time, measured in the warm-up turn.
     """
     seconds = {name: [] for name in sides}
-    for turn in range(repeats + 1):
+    for turn in tqdm(range(repeats + 1), unit="turn", leave=False):
         for name, run in sides.items():
             if peaks is not None and not turn:
                 peaks[name] = peak(run, device)
@@ -233,7 +234,7 @@ def sweep(args):
                                                                       mask.to(dtype)[None, None], layers)
     slow = {name: run for name, run in slow.items() if chosen(name)}
     gaps = {name: [] for name in slow}
-    for turn, (e, l) in enumerate([points[0], *timed]):             # the first is for warming up
+    for turn, (e, l) in enumerate(tqdm([points[0], *timed], unit="point", leave=False)):   # the first warms up
         mask = knockout.edge_mask(decoder, q.T, *q.cuts[e]).to(args.device)
         for name, run in slow.items():
             wait(args.device)
