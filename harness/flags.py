@@ -220,7 +220,8 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--src", metavar="GROUP", help=f"keys to hide: a token group, {self.groups}")
         group.add_argument("--tgt", metavar="GROUP", help="the queries they are hidden from: another group")
         group.add_argument("--edge", nargs="+", action="extend", default=[], metavar="A->B",
-                           help="several edges in one run (default: those of figures 3-5)")
+                           help=f"several edges in one run (default: those of figures 3-5, {', '.join(PAPER_EDGES)}; "
+                                "the last two need boxes, so for your own question without --box the first four)")
         group.add_argument("--window", type=self.count, metavar="K", help="layers cut at once (default: 9; 3 for the "
                            "bundled models, which have 10 layers; 1 with --per-head)")
         group.add_argument("--heads", type=self.numbers, metavar="H,H", help="for these heads alone (default: all)")

@@ -26,6 +26,7 @@ import vicuna
 from groups import NAMES
 from harness import hub
 from harness.experiment import Study
+from harness.flags import PAPER_EDGES, Parser
 from harness.questions import TASKS, read_csv
 from views import open_image
 
@@ -291,6 +292,17 @@ def test_a_terminal_without_accents_changes_nothing_but_what_it_shows(data, chec
 def test_help_needs_no_model_and_no_data_beside_it():
     done = subprocess.run([sys.executable, ROOT / "knockout.py", "--help"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and "python knockout.py" in done.stdout and "usage:" in done.stdout and not done.stderr
+
+
+def test_help_and_manual_name_the_edges_that_are_cut_without_a_flag(call):
+    parsed = [knockout.parse(Parser("what it is"), argv).edges for argv in (
+        [], ["--image", "a", "--question", "b", "--box", "0,0,1,1"], ["--image", "a", "--question", "b"])]
+    assert parsed == [tuple(tuple(edge.split("->")) for edge in knockout.EDGES[:n]) for n in (6, 6, 4)]
+    assert knockout.EDGES == PAPER_EDGES
+    shown = " ".join(call(knockout.main, "--help")[1].split())
+    assert ", ".join(knockout.EDGES) in shown and "without --box the first four" in shown
+    manual = (ROOT / "docs" / "manual.md").read_text(encoding="utf-8")
+    assert all(f"`{edge}`" in manual for edge in knockout.EDGES)
 
 
 def test_list_groups_says_what_every_name_means_and_stops(call):
