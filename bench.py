@@ -36,6 +36,7 @@ if __name__ == "__main__":                         # Ctrl-C while torch is impor
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+from tqdm import tqdm
 
 import clip_vit
 import fork
@@ -62,7 +63,7 @@ def interleave(sides, repeats, device, peaks=None):
     peaks: a dict that takes what each needs at most at a time, measured in the warm-up turn.
     """
     seconds = {name: [] for name in sides}
-    for turn in range(repeats + 1):
+    for turn in tqdm(range(repeats + 1), unit="turn", leave=False):
         for name, run in sides.items():
             if peaks is not None and not turn:
                 peaks[name] = peak(run, device)
@@ -112,7 +113,7 @@ import sys, time, torch
 folder = sys.argv[1]
 {loader}
 def peak():                                        # VmHWM: unlike ru_maxrss it does not start at the parent's
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+    return int(next(line for line in open("/proc/self/status", "rb") if line.startswith(b"VmHWM")).split()[1])
 torch.ones(8, 8, dtype=torch.bfloat16) @ torch.ones(8, 8, dtype=torch.bfloat16)
 before = peak()
 start = time.perf_counter()
@@ -136,14 +137,15 @@ def load(args):
         shards = {n: f"model-{1 + i * 3 // len(state):05d}-of-00003.safetensors" for i, n in enumerate(state)}
         for shard in sorted(set(shards.values())):
             save_file({n: state[n] for n in state if shards[n] == shard}, f"{folder}/{shard}", {"format": "pt"})
-        Path(folder, "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-        Path(folder, "config.json").write_text(hf_config(model.config).to_json_string())
+        Path(folder, "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": shards}), encoding="utf-8")
+        Path(folder, "config.json").write_text(hf_config(model.config).to_json_string(), encoding="utf-8")
         del model, state
         measured = {name: [] for name in LOADERS}
         for _ in range(args.repeats):
             for name, loader in LOADERS.items():
                 done = subprocess.run([sys.executable, "-c", MEASURE.format(loader=loader), folder], check=True,
-                                      capture_output=True, text=True, cwd=Path(__file__).resolve().parent)
+                                      capture_output=True, encoding="utf-8", cwd=Path(__file__).resolve().parent)
                 measured[name].append([float(x) for x in done.stdout.split()])
     size, largest = measured["ours"][0][2:]
     print(f"load, {size / 1e9:.2f} GB in 3 shards, largest tensor {largest / 1e6:.0f} MB, bfloat16, median of "
@@ -232,7 +234,7 @@ def sweep(args):
                                                                       mask.to(dtype)[None, None], layers)
     slow = {name: run for name, run in slow.items() if chosen(name)}
     gaps = {name: [] for name in slow}
-    for turn, (e, l) in enumerate([points[0], *timed]):             # the first is for warming up
+    for turn, (e, l) in enumerate(tqdm([points[0], *timed], unit="point", leave=False)):   # the first warms up
         mask = knockout.edge_mask(decoder, q.T, *q.cuts[e]).to(args.device)
         for name, run in slow.items():
             wait(args.device)
@@ -436,9 +438,10 @@ def peak(run, device):
     ctypes.CDLL(None).malloc_trim(0)                                # give back what is free first
 
     def status(key):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        line = next(line for line in lines if line.startswith(key))
         return int(line.split()[1]) * 1024
-    Path("/proc/self/clear_refs").write_text("5")                   # reset the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")                  # reset the peak
     before = status("VmRSS")
     run()
     return status("VmHWM") - before

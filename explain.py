@@ -27,10 +27,13 @@ import re
 import signal
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from tqdm import tqdm
 
 import check
 import knockout
@@ -163,7 +166,8 @@ def maps_of(d, asked, s):
     found = {}
     for name in (name for name in MAPS if name in asked.groups.named):
         target = asked.groups.positions(name)
-        change = maps.changes(d, asked, positions, target, places)
+        bar = partial(tqdm, desc=f"map of {name}", unit="pass", position=0, leave=False, dynamic_ncols=True)
+        change = maps.changes(d, asked, positions, target, places, bar)
         mass = [rows.mean(0) for rows in maps.attention_by_layer(d, asked.clean, target, range(L))]
         found[name] = {"attention": [[row[block].sum().item() for block in positions] for row in mass], **{
             key: v if v is None else {"layers": v[:, :L].T.tolist(), "all": v[:, L].tolist()}

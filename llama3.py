@@ -364,7 +364,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
     if not files:
         raise FileNotFoundError(f"{folder}: no model*.safetensors and no pytorch_model*.bin")
     with torch.device("meta"):                                      # no memory until the shapes are known
-        model = Decoder(Config.from_json(json.loads((folder / "config.json").read_text()))).to(dtype)
+        model = Decoder(Config.from_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     load_into(model, read(files), rename)
     return model
@@ -447,6 +447,7 @@ def main():
             if new[0] in stop:
                 break
             ids += new
+    sys.stdout.reconfigure(errors="replace")                        # "?" for a letter that the terminal lacks
     print(tokenizer.decode(ids))
 
 

@@ -21,6 +21,7 @@ Writes  map.csv (a row per block), map.png into --out; an earlier map there is o
 import signal
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 if __name__ == "__main__":                         # Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -66,23 +67,24 @@ def blocks_of(slots, side=1):
     return list(blocks.values())
 
 
-def cut_blocks(decoder, clean, blocks, target, places, answer):
+def cut_blocks(decoder, clean, blocks, target, places, answer, bar=iter):
     """Cut each of B blocks -> target alone in each of the `places`, blocks and target being lists of positions -> dict
-    of p, logp and margin of score.py, (B, places) each. places: of {layer: heads}, see knockout.Cut."""
+    of p, logp and margin of score.py, (B, places) each. places: of {layer: heads}, see knockout.Cut. bar: shows how far
+    it is, as tqdm does."""
     found, together = defaultdict(list), max(1, TOGETHER // len(places))
-    for at in range(0, len(blocks), together):
+    for at in bar(range(0, len(blocks), together)):
         cuts = [Cut(block, target, places) for block in blocks[at:at + together]]
         for name, value in score(decoder, torch.stack(cut_ends(decoder, clean, cuts, answer.read)), answer).items():
             found[name].append(value)
     return {name: None if values[0] is None else torch.cat(values) for name, values in found.items()}
 
 
-def changes(decoder, asked, blocks, target, places):
+def changes(decoder, asked, blocks, target, places, bar=iter):
     """What `cut_blocks` changes in the answer of an experiment.Asked -> dict, float64, (B, places) each: p; change, p's
     in percent; logp, of the whole answer, per token; margin, None without two options."""
     base = asked.base(decoder)
     cut = {name: value if value is None else value.double()
-           for name, value in cut_blocks(decoder, asked.clean, blocks, target, places, asked.scored).items()}
+           for name, value in cut_blocks(decoder, asked.clean, blocks, target, places, asked.scored, bar).items()}
     return {"p": cut["p"], "change": percent(asked.p, cut["p"]),
             "logp": (cut["logp"] - base["logp"].double()) / len(asked.scored.ids),
             "margin": None if cut["margin"] is None else cut["margin"] - base["margin"].double()}
@@ -121,12 +123,14 @@ def main(argv=None):
 
 def run(s, load=None):
     """Ask the first question, make its map, write and draw it. load: see harness.experiment.Study."""
+    from tqdm import tqdm
+
     from harness import experiment, photos, runs
     study = experiment.Study(s.shared, load)
     study.need_photos("it has no map")
     for question in study.questions:                                # the first; under --skip-bad, the first usable one
         with study.skipping_bad():
-            asked, rows, _ = measure(study, question, s)
+            asked, rows, _ = measure(study, question, s, partial(tqdm, unit="pass", dynamic_ncols=True))
             break
     else:
         raise ValueError(f"no usable question: {study.bad[0]}")
@@ -139,7 +143,7 @@ def run(s, load=None):
     print(f"wrote {file} and {picture}")
 
 
-def measure(study, question, s):
+def measure(study, question, s, bar=iter):
     """Ask a question, and map it -> (Asked, rows of map.csv, {})."""
     asked, d = study.ask(question, whole=True), study.model.decoder
     p, L, target = asked.prompt, len(d.layers), asked.groups.positions(s.target)
@@ -160,7 +164,7 @@ def measure(study, question, s):
         place = dict.fromkeys(range(L) if s.layer is None else window(where, s.window, L),
                               None if s.head is None else (s.head,))
         cells = [[asked.p] * len(blocks), *(empty if v is None else v[:, 0].tolist() for v in changes(
-            d, asked, positions, target, [place]).values())]
+            d, asked, positions, target, [place], bar).values())]
     first = [*asked.first_columns, s.target, where, int(s.layer is None), "" if s.layer is None else s.window,
              "" if s.head is None else s.head]
     rows = [[*first, p.slots[block[0], 0].item(), i, *outline(boxes[block]), attended[i], *(cell[i] for cell in cells)]

@@ -328,7 +328,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
     pairs = dict(read(sorted(folder.glob("model*.safetensors"))))
     if not pairs:
         raise FileNotFoundError(f"{folder}: no model*.safetensors")
-    config = Config.from_json(json.loads((folder / "config.json").read_text()))
+    config = Config.from_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     with torch.device("meta"):                                      # no memory until the shapes are known
         model = Decoder(replace(config, tied="lm_head.weight" not in pairs)).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
@@ -384,6 +384,7 @@ def main():
             if new[0] in stop:
                 break
             ids += new
+    sys.stdout.reconfigure(errors="replace")                        # "?" for a letter that the terminal lacks
     print(tokenizer.decode(ids))
 
 

@@ -1,9 +1,11 @@
 """
-harness/errors.py - what a user can cause ends in one line and exit code 2; nothing else of this repo is needed.
+harness/errors.py - between a command and its terminal; nothing else of this repo is needed.
 
-Use     with one_line_errors():
+Use     with one_line_errors():                what a user can cause ends in one line and exit code 2
             run(parse())
+        files_of("--data", ["*_Choose*.csv"])  patterns that the shell left as they are
 """
+import glob
 import os
 import signal
 import sys
@@ -50,6 +52,18 @@ def one_line_errors():
         sys.exit(2)
     finally:
         sys.stdout, sys.stderr = before
+
+
+def files_of(flag, given):
+    """What a flag that takes several files was given -> list of files. A pattern that the shell left as it is, as those
+    of Windows do, becomes the sorted names that it matches, unless a file has that very name. ValueError: none does."""
+    found = []
+    for text in given:
+        literal = glob.escape(text) == text or os.path.lexists(text)
+        if not (names := [text] if literal else sorted(glob.glob(text))):
+            raise ValueError(f"{flag} {text}: no file matches this pattern; check its folder, or name the files")
+        found += names
+    return found
 
 
 class Printable:

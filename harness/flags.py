@@ -4,7 +4,7 @@ harness/flags.py - the flags that instruments share, and the frozen settings tha
 Use     parser = Parser(__doc__)
         parser.add_shared_flags("out/knockout")
         shared = parser.shared(parser.parse_args())        Shared(model=ModelSettings, data=DataSettings, out, seed)
-Needs   hub.py and questions.py beside it; groups.py
+Needs   errors.py, hub.py and questions.py beside it; groups.py
 """
 import argparse
 import math
@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import groups
 from groups import NAMES, canonical, parse_edge
 from harness import hub
+from harness.errors import files_of
 from harness.questions import BUNDLED, SIX
 
 
@@ -175,7 +176,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_data_flags(self):
         group = self.add_argument_group("questions", "without --data and --image: 20 of each task from tiny/val")
-        group.add_argument("--data", nargs="+", metavar="FILE", help="the paper's CSVs; JSON of GQA, OK-VQA, A-OKVQA")
+        group.add_argument("--data", nargs="+", metavar="FILE", 
+                           help="the paper's CSVs; JSON of GQA, OK-VQA, A-OKVQA; a quoted pattern, '*.csv', works, too")
         group.add_argument("--images", metavar="DIR", help="the folder of their pictures, {img_id}.jpg, .jpeg or .png")
         group.add_argument("--tasks", nargs="+", metavar="TASK", help=f"only these tasks, such as {', '.join(SIX[:2])}")
         group.add_argument("--limit", type=self.count, metavar="N", help="the first N questions of each task")
@@ -218,7 +220,8 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--src", metavar="GROUP", help=f"keys to hide: a token group, {self.groups}")
         group.add_argument("--tgt", metavar="GROUP", help="the queries they are hidden from: another group")
         group.add_argument("--edge", nargs="+", action="extend", default=[], metavar="A->B",
-                           help="several edges in one run (default: those of figures 3-5)")
+                           help=f"several edges in one run (default: those of figures 3-5, {', '.join(PAPER_EDGES)}; "
+                                "the last two need boxes, so for your own question without --box the first four)")
         group.add_argument("--window", type=self.count, metavar="K", help="layers cut at once (default: 9; 3 for the "
                            "bundled models, which have 10 layers; 1 with --per-head)")
         group.add_argument("--heads", type=self.numbers, metavar="H,H", help="for these heads alone (default: all)")
@@ -271,6 +274,7 @@ class Parser(argparse.ArgumentParser):
     def shared(self, args):
         """Parsed flags -> Shared. Without --data and a question of your own, the bundled questions are asked."""
         given = {f.name: getattr(args, f.name) for f in fields(DataSettings)}
+        given["data"] = files_of("--data", given["data"] or ())
         given = {name: tuple(value or ()) if name in ("data", "tasks", "object", "box") else value
                  for name, value in given.items()}
         if not any(given[name] for name in ("data", "image", "question", "answer", "options", "object", "box")):

@@ -3,11 +3,10 @@ harness/plots.py - one function for each kind of CSV that a run writes, and the 
 
 Run     python -m harness.plots out/knockout/knockout.csv         draws knockout.png beside it again
         python -m harness.plots A/knockout.csv B/knockout.csv --out both.svg      two runs in one picture
-Needs   matplotlib and numpy; canvas.py, curves.py, tables.py and intervals.py beside it.
+Needs   matplotlib and numpy; canvas.py, curves.py, tables.py, intervals.py and errors.py beside it.
 """
 import argparse
 import json
-import sys
 from collections import defaultdict
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from harness.canvas import COLOURS, MARKERS, STYLES, figure, finish, in_words, one_scale, page, save, set_title
 from harness.curves import NO_PAIR, curves, difference, legend, measured_with
+from harness.errors import files_of, one_line_errors
 from harness.intervals import paired_interval
 from harness.tables import distinct, number, read, rows
 
@@ -307,6 +307,7 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="the picture: .png, .svg or .pdf (a .png beside the first CSV)")
     parser.add_argument("--measure", choices=MEASURES, default="first", help="of knockout.csv: see knockout.py --help")
     args = parser.parse_args()
+    args.csv = files_of("CSV", args.csv)
     file, picture = args.csv[0], args.out or Path(args.csv[0]).with_suffix(".png")
     draw = {"kind": lens, "intervention": jaccard, "removed_layers": prune, "share": patch, "group": accuracy,
             "patch": norms}
@@ -326,10 +327,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)

@@ -453,8 +453,8 @@ def git_commit():
     root = Path(__file__).resolve().parents[1]
 
     def git(*args):                                                 # without optional locks, it writes nothing
-        return subprocess.run(["git", "--no-optional-locks", "-C", root, *args], capture_output=True, text=True
-                              ).stdout.strip()
+        done = subprocess.run(["git", "--no-optional-locks", "-C", root, *args], capture_output=True)
+        return os.fsdecode(done.stdout.strip())                     # a path, as Python spells it, whatever the encoding
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:       # installed inside somebody else's checkout
             return None

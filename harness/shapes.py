@@ -122,7 +122,8 @@ def write_checkpoint(folder, name, layers=None, dtype=torch.bfloat16):
     if views > 1:
         tensors["image_newline"] = torch.zeros(c.width)
     save("rest.safetensors", tensors)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}),
+                                                         encoding="utf-8")
     text = {"model_type": "llama", "hidden_size": c.width, "intermediate_size": c.hidden, "num_hidden_layers": c.layers,
             "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "rms_norm_eps": c.norm_eps,
             "rope_theta": c.rope_base, "max_position_embeddings": c.positions, "vocab_size": c.vocab + 64}
@@ -131,7 +132,8 @@ def write_checkpoint(folder, name, layers=None, dtype=torch.bfloat16):
               "patch_size": tower.patch}
     (folder / "config.json").write_text(json.dumps({
         "model_type": "llava_next" if views > 1 else "llava", "image_token_index": c.vocab, "vision_feature_layer": -2,
-        "text_config": text, "vision_config": vision, "tie_word_embeddings": False}))
+        "text_config": text, "vision_config": vision, "tie_word_embeddings": False}), encoding="utf-8")
     # Random weights would go on to the longest answer: let every second token be an end, for answers of one to three.
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, c.vocab, 2))}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, c.vocab, 2))}),
+                                                  encoding="utf-8")
     shutil.copy(BUNDLED["llava-tiny"] / "tokenizer.json", folder)

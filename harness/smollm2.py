@@ -41,7 +41,7 @@ def write(folder):
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(weights(reader, config)), folder / "model.safetensors", {"format": "pt"})
     tokenizer(fact).save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return folder
 
 

@@ -94,6 +94,11 @@ def test_the_files_are_small_and_hold_no_surprise():
         assert {f.name for f in (FOLDER / name).iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
 
 
+def test_the_pages_in_docs_are_of_these_weights(name):
+    page = (FOLDER.parent / "docs" / f"explain-{name}.html").read_text(encoding="utf-8")
+    assert f'"weights":"{hub.weights_hash(hub.resolve(name).files)}"' in page
+
+
 def test_the_bundled_questions_are_what_make_writes(tmp_path):
     make(tmp_path, 0, 0, 150)
     for file in sorted(tmp_path.glob("*.json")):
@@ -142,6 +147,8 @@ def test_auto_dtype_is_what_the_config_asks_for():
 def test_score_prints_the_tables_of_the_card(call):
     code, stdout, err = call(score.main, "--limit", 1, "--device", "cpu")
     assert code == 0, err
+    assert "17 questions about " in err and "6 of them with each of 6 edges cut" in err
+    assert all(f"{part}: 100%" in err for part in ("accuracy", "cut in all layers", "after each layer")), err
     accuracy, cuts, layers = (table.splitlines()[0] for table in stdout.strip().split("\n\n"))
     assert f"\n{accuracy}\n" in CARD and f"\n{cuts}\n" in CARD
     assert layers == "| after layer | lower case | capitalised |" and stdout.count("\n| 10 | ") == 1

@@ -26,6 +26,7 @@ import vicuna
 from groups import NAMES
 from harness import hub
 from harness.experiment import Study
+from harness.flags import PAPER_EDGES, Parser
 from harness.questions import TASKS, read_csv
 from views import open_image
 
@@ -273,9 +274,35 @@ def test_help_is_the_manual_with_an_example(call, script):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("terminal", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_without_accents_changes_nothing_but_what_it_shows(data, checkpoint, tmp_path, terminal):
+    """The question comes from a file and the answer goes to one, both in UTF-8; "?" stands on the terminal."""
+    asked = "Is the café’s cup red or blue?"
+    text = data[1].read_text(encoding="utf-8").replace("Is the cup red or blue?", asked)
+    data[1].write_text(text, encoding="utf-8")
+    for argv, shown in (((), "wrote "), (("--groups",), "the caf??s cup")):
+        done = subprocess.run([sys.executable, ROOT / "knockout.py", "--model", checkpoint("llava-1.5"), *data, "--all",
+                               "--limit", "1", "--edge", "image->last", "--out", tmp_path / "out", *argv],
+                              capture_output=True, encoding="ascii", env=os.environ | terminal)
+        assert done.returncode == 0 and shown in done.stdout, (done.stdout, done.stderr)
+    assert {row["question"] for row in read(tmp_path / "out" / "knockout.csv")} == {asked}
+
+
+@pytest.mark.slow
 def test_help_needs_no_model_and_no_data_beside_it():
     done = subprocess.run([sys.executable, ROOT / "knockout.py", "--help"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and "python knockout.py" in done.stdout and "usage:" in done.stdout and not done.stderr
+
+
+def test_help_and_manual_name_the_edges_that_are_cut_without_a_flag(call):
+    parsed = [knockout.parse(Parser("what it is"), argv).edges for argv in (
+        [], ["--image", "a", "--question", "b", "--box", "0,0,1,1"], ["--image", "a", "--question", "b"])]
+    assert parsed == [tuple(tuple(edge.split("->")) for edge in knockout.EDGES[:n]) for n in (6, 6, 4)]
+    assert knockout.EDGES == PAPER_EDGES
+    shown = " ".join(call(knockout.main, "--help")[1].split())
+    assert ", ".join(knockout.EDGES) in shown and "without --box the first four" in shown
+    manual = (ROOT / "docs" / "manual.md").read_text(encoding="utf-8")
+    assert all(f"`{edge}`" in manual for edge in knockout.EDGES)
 
 
 def test_list_groups_says_what_every_name_means_and_stops(call):

@@ -21,7 +21,7 @@ import lens
 import prune
 from groups import EmptyGroup
 from harness import questions
-from harness.errors import one_line_errors
+from harness.errors import files_of, one_line_errors
 from harness.experiment import Study
 from harness.flags import DataSettings, ModelSettings, Parser, Shared
 
@@ -198,6 +198,21 @@ def test_under_torchrun_a_process_has_the_shard_of_its_rank(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert shared().data.shard == (1, 3) and shared("--shard", "0/2").data.shard == (0, 2)
+
+
+def test_a_pattern_that_the_shell_left_becomes_the_names_that_it_matches(tmp_path, monkeypatch):
+    """As on Windows, or in quotes. Sorted, in its place among the files given; a file that has that very name comes
+    first; and what is no pattern stays, whether it is there or not."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("b_X.csv", "a_X.csv", "a_Y.csv", "[a]_X.csv"):
+        (tmp_path / name).touch()
+    assert shared("--data", "z.csv", "?_X.csv", "c.csv").data.data == ("z.csv", "a_X.csv", "b_X.csv", "c.csv")
+    assert shared("--data", "[a]_X.csv").data.data == ("[a]_X.csv",)
+    (tmp_path / "[a]_X.csv").unlink()
+    assert shared("--data", "[a]_X.csv").data.data == ("a_X.csv",)
+    assert files_of("CSV", [str(tmp_path / "*_X.csv")]) == [str(tmp_path / f"{letter}_X.csv") for letter in "ab"]
+    with pytest.raises(ValueError, match=r"^--data q\*\.csv: no file matches this pattern; .* name the files$"):
+        shared("--data", "a_X.csv", "q*.csv")
 
 
 @pytest.mark.parametrize("argv, words", [

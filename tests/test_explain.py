@@ -81,7 +81,7 @@ def test_edges_maps_and_attention_are_the_instruments_own(made, model):
 def test_a_map_of_one_block_of_the_whole_image_is_the_edge_image_to_question(call, checkpoint, photo, tmp_path):
     code, _, err = call(explain.main, "--model", checkpoint("llava-1.5"), "--image", photo, "--question", QUESTION,
                         "--block", 99, "--window", 2, "--out", tmp_path)
-    assert code == 0, err
+    assert code == 0 and "map of question" in err and "\\x1b" not in err, err     # bars, on one line each
     page = data_of(tmp_path / "explain.html")
     edge = next(e for e in page["edges"] if (e["source"], e["target"]) == ("image", "question"))
     assert len(page["maps"]["blocks"]) == 1

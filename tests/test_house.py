@@ -29,12 +29,13 @@ ROOMS = {"vicuna.py": set(), "llama3.py": set(), "clip_vit.py": set(), "views.py
          "harness/runs.py": set(), "harness/intervals.py": set(), "harness/errors.py": set(),
          "harness/canvas.py": set(), "harness/tables.py": set(),
          "harness/curves.py": {"harness.canvas", "harness.intervals", "harness.tables"},
-         "harness/plots.py": {"harness.canvas", "harness.curves", "harness.intervals", "harness.tables"},
+         "harness/plots.py": {"harness.canvas", "harness.curves", "harness.errors", "harness.intervals",
+                              "harness.tables"},
          "harness/photos.py": {"harness.canvas"},
          "harness/summary.py": {"harness.plots", "harness.runs", "harness.tables"},
          "offload.py": {"llava_min", "vicuna"},
          "harness/hub.py": {"llava_min", "llava_onevision", "vicuna", "offload", "harness.errors"},
-         "harness/flags.py": {"groups", "harness.hub", "harness.questions"},
+         "harness/flags.py": {"groups", "harness.errors", "harness.hub", "harness.questions"},
          "harness/questions.py": {"llava_min", "groups", "views"},
          "harness/experiment.py": {"llava_min", "groups", "fork", "offload", "score", "views", "harness.hub",
                                    "harness.questions", "harness.runs"}}
@@ -85,6 +86,26 @@ def test_no_file_is_longer_than_500_lines_and_the_two_that_are_read_first_are_sh
                 for file in (ROOT / "tests").glob("*.py")}
     assert max(lengths.values()) <= 500, max(lengths, key=lengths.get)
     assert lengths["knockout.py"] <= 300 and lengths["llava_min.py"] <= 480
+
+
+def in_bytes(call):
+    """Is a call of `open` one for bytes, whichever mode its second argument comes to?"""
+    modes = [node.value for node in ast.walk(call.args[1]) if isinstance(node, ast.Constant)] if call.args[1:] else []
+    return bool(modes) and all(isinstance(mode, str) and "b" in mode for mode in modes)
+
+
+def test_every_text_is_read_and_written_as_utf_8_whatever_the_machines_own_encoding_is():
+    for name, file in FILES.items():
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            what, named = ast.unparse(call.func).rpartition(".")[2], {k.arg: k.value for k in call.keywords}
+            text = what in ("read_text", "write_text", "fdopen", "TextIOWrapper") or ast.unparse(call.func) in (
+                "open", "io.open") and not in_bytes(call)
+            assert not text or "encoding" in named, f"{name}, line {call.lineno}: {ast.unparse(call)}"
+            pipes = "encoding" not in named and any(isinstance(v := named.get(key), ast.Constant) and v.value is True
+                                                    for key in ("text", "universal_newlines"))
+            assert not pipes, f"{name}, line {call.lineno}: text from another process, in an encoding that is not named"
 
 
 def line_of(name, text):

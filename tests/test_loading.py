@@ -4,6 +4,7 @@ One set of weights in every layout, spelling and file format must come out bit f
 not fit, or is damaged, must end in a sentence that names what is wrong; and loading must not need more memory than the
 model and one tensor.
 """
+import io
 import json
 import os
 import pickle
@@ -159,6 +160,11 @@ def test_a_decoder_file_is_a_program_that_continues_a_text(file, checkpoint, lla
         ids.append(model.lm_head(model.norm(h))[0, -1].argmax().item())
     assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
     assert tokenizer.decode(ids).startswith("Is the cup red?")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:4], "Is the café red?", *sys.argv[5:]])
+    file.main()                                                     # on a terminal without accents
+    sys.stdout.seek(0)
+    assert sys.stdout.read().startswith("Is the caf? red?")
 
 
 @pytest.mark.parametrize("layout", ["hf", "hf5", "memory5"])

@@ -179,6 +179,10 @@ def test_two_runs_in_one_picture_are_told_apart_by_style_and_by_what_differs(cal
         both = tmp_path / f"both{end}"
         assert call(plots.main, *files, "--out", both, "--measure", "answer") == (0, f"wrote {both}\n", "")
         assert both.read_bytes().startswith(mark)
+        assert call(plots.main, tmp_path / "[AB]" / "knockout.csv", "--out", tmp_path / f"again{end}", "--measure",
+                    "answer")[0] == 0
+        assert end != ".png" or (tmp_path / "again.png").read_bytes() == both.read_bytes()
+    refused(call(plots.main, tmp_path / "C*" / "knockout.csv"), "CSV ", "C*", "no file matches this pattern")
     (tmp_path / "B" / "run.json").unlink()                          # nothing is known of it: the folders tell
     assert plots.run_labels(files) == [str(tmp_path / name) for name in "AB"]
     (tmp_path / "lens.csv").write_text("question_id,task,kind,layer,probability,norm\n1,t,answer,0,0.5,raw\n")

@@ -4,6 +4,7 @@ A run on disk: what a crash leaves, how a run is resumed, and what it refuses.
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,3 +394,17 @@ def test_shards_that_were_asked_different_questions_are_not_merged(tmp_path, cap
 def test_a_merged_run_of_shards_grows_in_one_process(tmp_path):
     shards(tmp_path / "a", range(3))
     assert whole(tmp_path / "a") == whole(tmp_path / "b")
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_the_commit_is_found_in_a_folder_whose_name_the_machines_encoding_lacks(tmp_path):
+    folder = tmp_path / "café"
+    (folder / "harness").mkdir(parents=True)
+    shutil.copy(runs.__file__, folder / "harness")
+    git = ["git", "-C", folder, "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    for args in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *args], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True).stdout.strip().decode()
+    done = subprocess.run([sys.executable, "-B", "-c", "from harness import runs; print(runs.git_commit())"],
+                          cwd=folder, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}, capture_output=True)
+    assert done.stdout.decode().strip() == commit, done.stderr.decode(errors="replace")

@@ -5,6 +5,7 @@ Run     python -m tiny.score                                 accuracy, with and 
         python -m tiny.score --model llava-tiny-anyres
 Needs   eval_gqa.py, knockout.py, lens.py, harness/
 """
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def spelling(model, questions):
     By the logit lens with the final norm, at the last position.
     """
     total = 0
-    for q in questions:
+    for q in tqdm(questions, desc="after each layer", unit="question", dynamic_ncols=True):
         p = q.prompt(model)
         stream = clean_pass(model.decoder, model.embed(p), p.positions).stream
         ids = [model.tokenizer.encode(word).ids[1] for word in (q.answer, q.answer.capitalize())]
@@ -103,12 +104,16 @@ def main(argv=None):
 
 
 def print_tables(model, questions):
-    """Print the tables of the model card."""
+    """Print the tables of the model card; before, on stderr, what there is to ask."""
+    six = [q for q in questions if q.task in SIX]
+    print(f"three parts, each with a bar that says how long it still takes: {len(questions):,} questions about "
+          f"{len({q.image for q in questions}):,} pictures, with the picture and a blank one; {len(six):,} of them "
+          f"with each of {len(EDGES)} edges cut; these once more, after each layer", file=sys.stderr)
+
     def table(head, rows):
         print("\n".join(["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]) + "\n")
     table(("task or group", "questions", "accuracy", "picture blanked", "chance"), (
         (task, n, *(f"{100 * v:.1f} %" for v in shares)) for task, (n, *shares) in score(model, questions).items()))
-    six = [q for q in questions if q.task in SIX]
     cuts = cut_everywhere(model, six, EDGES)
     tasks = sorted({q.task for q in six})
     table(("cut in all layers", *tasks), (

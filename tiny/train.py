@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import sys
 import time
 from collections import Counter
 from itertools import accumulate, count, islice
@@ -293,6 +294,8 @@ def train(out, anyres=False, start=None, steps=(2500, 800, 1500, 2500, 0), seed=
     opt = torch.optim.AdamW(named.values(), rate, betas=(0.9, 0.98), weight_decay=0.02)
     first, lines, seconds = restore(state, settings, named, opt) if state.exists() else (0, [], 0.0)
     total, began, recent = sum(steps), time.time() - seconds, []
+    print(f"{total - first:,} of {total:,} steps left (stages 0 to 4: {', '.join(f'{n:,}' for n in steps)}); the bar's "
+          "time is at the speed of the stage that it is in, and those after stage 0 are slower", file=sys.stderr)
     for step in tqdm(range(first, total), initial=first, total=total, unit="step", dynamic_ncols=True):
         stage = sum(step >= end for end in accumulate(steps[:-1]))
         at, length = (step, steps[0]) if stage == 0 else (step - steps[0], total - steps[0])
@@ -371,6 +374,10 @@ def write_model(out, model, raw):
         if old == "decoder.":                                       # what vicuna.rename takes out of a name
             name = re.sub(r"\.(?=[qkvo]_proj\.)", ".self_attn.", re.sub(r"\.(?=(gate|up|down)_proj\.)", ".mlp.", name))
         tensors[name] = p.detach().half()
+    # LLaVA reads the tower before this norm, but published files have it, and transformers warns where it is missing.
+    one = torch.ones(model.config.vision.width, dtype=torch.float16)
+    tensors |= {f"vision_tower.vision_model.post_layernorm.{name}": value
+                for name, value in (("weight", one), ("bias", 0 * one))}
     (out / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     (out / "tokenizer.json").write_text(model.tokenizer.to_str() + "\n", encoding="utf-8")
     save(out / "model.safetensors", tensors, format="pt")
