@@ -80,6 +80,7 @@ def asked_of(photo, question, answer="", options=(), objects=(), boxes=()):
         raise ValueError(f"the photo is a {type(photo).__name__}, not a file or a PIL picture")
     if isinstance(photo, Image.Image) and min(photo.size) < 1:
         raise ValueError("the photo has no pixels")
+    options = options if isinstance(options, str) else tuple(filter(None, options))         # a file's may be empty
     if options and (isinstance(options, str) or len(options) != 2 or options[0].lower() == options[1].lower()):
         raise ValueError(f"options {options!r}: give two different texts, as in (\"red\", \"blue\")")
     if any(not isinstance(box, (tuple, list)) for box in boxes):

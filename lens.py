@@ -42,7 +42,8 @@ def lens(decoder, stream, at, norm="raw"):
     the model's final norm. "final": all of them through that norm.
     """
     h = torch.stack([x[0, at] for x in stream])                     # (L + 1, n, C); the first is the embedding
-    # The stream grows from layer to layer, and lm_head was trained on its normed end: "final" shows words earlier.
+    # lm_head was trained on a normed stream. The raw one's length differs from layer to layer, and the softmax of a
+    # longer vector is sharper: compare the two before you read a probability as certainty.
     h = decoder.norm(h) if norm == "final" else torch.cat((h[:-1], decoder.norm(h[-1:])))
     return decoder.lm_head(h).float().softmax(-1)
 
