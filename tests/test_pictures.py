@@ -136,3 +136,18 @@ def test_many_lines_in_a_legend_make_the_picture_higher_not_its_panels_lower(dra
         fig.canvas.draw()
         heights.append(fig.axes[0].get_window_extent().height)
     assert heights[1] > 0.9 * heights[0]
+
+
+@pytest.mark.slow
+def test_the_readmes_panel_takes_its_notes_from_the_curves(call, monkeypatch, tmp_path):
+    import knockout
+    from tiny import panel
+    figures = []
+    monkeypatch.setattr(canvas, "save", lambda fig, file: figures.append(fig))
+    assert call(knockout.main, "--edge", *panel.NOTES, "--tasks", panel.TASK, "--limit", 4, "--out", tmp_path)[0] == 0
+    panel.draw(tmp_path / "knockout.csv", "x.svg")
+    notes, (_, drawn) = figures[0].axes[0].texts, plots.knockout_figure(tmp_path / "knockout.csv")
+    peaks = {edge: min(means) for (_, edge), (_, means, _) in drawn.items()}
+    assert len(notes) == 3 and f"{-peaks['image->question']:.0f} % of P(answer)" in notes[0].get_text()
+    assert notes[1].get_text().endswith(f": {-peaks['question->last']:.0f} %")
+    assert notes[1].xy[1] == pytest.approx(peaks["question->last"])
