@@ -27,7 +27,7 @@ WORDS = {"answer_lower": "answer, lower case", "answer_capitalized": "Answer, ca
 
 def in_words(name):
     """An edge, a group or a kind of word from a CSV -> as a legend has it."""
-    return WORDS.get(name, name.replace("->", " \u2192 ").replace("_", " "))
+    return WORDS.get(name, name.replace("->", " \u2192 ").replace("_wo_", " without ").replace("_", " "))
 
 
 def page(width, height):

@@ -141,7 +141,7 @@ def curves(sources, series, value, scale, title, x_label, y_label, level=None, l
     one_scale(axes)
     counts = {mean.n for one in panels.values() for mean in one.curves.values()}
     own, how = measured_with(*sources.values(), but=series)
-    bands = ["bands: 95 % CI of the mean"] * (max(counts) >= FEW) + [
+    bands = ["bands: 95\u00a0%\u00a0CI of\u00a0the\u00a0mean"] * (max(counts) >= FEW) + [
         "thin lines: single questions"] * any(1 < n < FEW for n in counts)
     set_title(fig, own, title, "; ".join(filter(None, (how, *bands))))
     if series == "window":
