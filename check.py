@@ -203,7 +203,7 @@ def measured_numbers(model, asked, edges, k):
     """
     d, cuts = model.decoder, asked.edges(edges)[0]
     curves = sweep(d, asked.clean, list(cuts.values()), asked.token, k)
-    last = torch.cat([stream[0, -1:] for stream in asked.clean.stream[1:]])                 # (L, C)
+    last = torch.cat([asked.clean.stream[1 + l][0, -1:] for l in range(len(d.layers))])     # (L, C)
     ids, = model.decode(unembed(d, last[-1])[None], asked.clean.caches, len(asked.prompt))
     return {"token": asked.token, "answer_ids": ids, "p_base": asked.p,
             "p_knockout": dict(zip(cuts, curves, strict=True)), "lens_top1": unembed(d, last).argmax(-1).tolist()}
