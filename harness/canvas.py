@@ -63,7 +63,7 @@ def figure(panels, title, x_label, y_label):
 def set_title(fig, title, *notes):
     """The title, and smaller print below it: lines that are wrapped at the figure's width."""
     wide = int(13 * fig.get_figwidth())                             # letters of 9 points
-    lines = [line for text in (title, *notes) if text for line in textwrap.wrap(text, wide) or [""]]
+    lines = [line for text in (title, *notes) for line in textwrap.wrap(text, wide)]
     fig.suptitle("\n".join(lines), fontsize=9)
 
 
@@ -108,12 +108,15 @@ def finish(fig):
 
 
 def save(fig, file):
-    """Finish a picture and write it, whole or not at all. OSError names it."""
+    """Finish a picture and write it, whole or not at all; the same picture is the same file. OSError names it."""
+    from matplotlib import rc_context
     file = Path(file)
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix)
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".new.{os.getpid()}.{file.name}")         # the ending says which format it has
     try:
-        finish(fig).savefig(new, dpi=150)
+        with rc_context({"svg.hashsalt": "llava-flow"}):
+            finish(fig).savefig(new, dpi=150, metadata=undated)
         os.replace(new, file)
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(file)) from e

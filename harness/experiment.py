@@ -377,7 +377,9 @@ class Study(Asker):
         note, question = {} if right is None else {"right": right}, asked
         if isinstance(asked, Asked):
             note, question = {"right": asked.right}, asked.question
-            note |= {"answer": [asked.answer, asked.token_text, asked.p]} if self.single else {}
+        if self.single and rows:                                    # what `report` says first
+            note["answer"] = rows[0][5]                             # the prediction, see Question.first_columns
+            note |= {"p": [asked.token_text, asked.p]} if isinstance(asked, Asked) else {}
         self.run.write(question.key, [[*row, *self.said.values()] for row in rows], **note,
                        **({"skipped": lacking} if lacking else {}))
 
@@ -402,9 +404,10 @@ class Study(Asker):
         notes = list(self.run.done.values())
         right = f", {sum(note['right'] for note in notes)} answered right" if self.known() else ""
         if self.single and notes and "answer" in notes[0]:
-            answer, token, p = notes[0]["answer"]
-            known = f", which is {'right' if notes[0]['right'] else 'wrong'}" if self.known() else ""
-            print(f"{self.questions[0].question} {answer}   (P of {token!r}: {p:.3g}{known})")
+            p = ["P of {!r}: {:.3g}".format(*notes[0]["p"])] if "p" in notes[0] else []
+            known = ["which is right" if notes[0]["right"] else "which is wrong"] if self.known() else []
+            facts = f"   ({', '.join(p + known)})" if p or known else ""
+            print(f"{self.questions[0].question} {notes[0]['answer']}{facts}")
         else:
             print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
         if (wide := self.run.settings.get("window", 0)) > (L := self.config.text.layers):

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from harness.canvas import COLOURS, figure, finish, page, save, set_title
+from harness.canvas import COLOURS, figure, finish, in_words, page, save, set_title
 
 
 def words(title, columns, cells, shares, picture):
@@ -119,7 +119,8 @@ def groups(image, grouped, boxes, annotated, picture):
     prompt, named = grouped.prompt, grouped.named
     first = prompt.image.start
     kinds = [k for k in ("base_patches", "tile_patches") if k in named]
-    fig, axes = figure(len(kinds), f"{prompt.question}\n{len(named['image'])} image tokens", "", "")
+    fig, axes = figure(len(kinds), "", "", "")
+    set_title(fig, prompt.question, f"{len(named['image'])} image tokens")
     for ax, kind in zip(axes, kinds, strict=True):
         ax.imshow(image)
         ax.grid(False)
@@ -133,5 +134,5 @@ def groups(image, grouped, boxes, annotated, picture):
         for x, y, w, h in annotated:
             ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=COLOURS[3], linewidth=1.5))
         related_here = f", {len(related.intersection(named[kind]))} related" if "related_patches" in named else ""
-        ax.set_title(f"{kind}: {len(named[kind])}{related_here}", fontsize=9)
+        ax.set_title(f"{in_words(kind)}: {len(named[kind])}{related_here}", fontsize=9)
     save(fig, picture)

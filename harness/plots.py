@@ -221,8 +221,9 @@ def prune(file, picture):
         ax.plot(list(by_x), shares, color=COLOURS[0], linewidth=1.6, marker="o", markersize=2.5)
         low, high = (np.clip([shares[0] + 100 * v[end] for X, v in by_x.items() if X], 0, 100)
                      for end in ("low", "high"))
-        ax.fill_between([X for X in by_x if X], low, high, color=COLOURS[0], alpha=0.18, linewidth=0)
-        ax.set_title(f"{task} (n = {len(by_task[task][0])})", fontsize=9)
+        if (n := len(by_task[task][0])) > 1:
+            ax.fill_between([X for X in by_x if X], low, high, color=COLOURS[0], alpha=0.18, linewidth=0)
+        ax.set_title(f"{task} (n = {n})", fontsize=9)
         ax.set_ylim(-3, 103)
     lines = {}
     for i, name in enumerate(("time", "FLOPs of the prefill")):
@@ -236,8 +237,9 @@ def prune(file, picture):
     for ax in axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
     own, how = measured_with(file)
+    bands = ["bands: 95 % CI of the change from X = 0"] if max(map(len, cost.values())) > 1 else []
     set_title(fig, own, "Without the image in the last X layers" + ("" if keep == "none" else f", keeping {keep}"),
-              f"{how}{how and '; '}bands: 95 % CI of the change from X = 0")
+              "; ".join(filter(None, (how, *bands))))
     legend(fig, lines)
     save(fig, picture)
     return drawn

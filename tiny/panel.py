@@ -7,7 +7,7 @@ Needs   the whole of this repository
 from pathlib import Path
 
 import knockout
-from harness import canvas, plots
+from harness import canvas, flags, plots
 from harness.errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +33,7 @@ def draw(csv, picture):
 
 
 def main():
+    flags.Parser(__doc__).parse_args()
     out = ROOT / "out" / "panel"
     knockout.main(["--edge", *NOTES, "--tasks", TASK, "--out", str(out)])
     draw(out / "knockout.csv", ROOT / "docs" / "panel.svg")
