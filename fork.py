@@ -82,14 +82,14 @@ class Clean:
 
 
 @torch.inference_mode()
-def clean_pass(decoder, x, positions, keep=list):
+def clean_pass(decoder, x, positions, store=list):
     """Embeddings x (1, T, C) at `positions` (T,), for rope, -> Clean. FloatingPointError names the first layer with
     a value that is not finite.
 
-    keep: what makes the lists of streams and caches, such as offload.Shelf, whose items lie on disk.
+    store: makes the lists of streams and caches; offload.Shelf's items lie on disk.
     """
     cos, sin = decoder.rope(positions)
-    stream, caches, good = keep(), keep(), []
+    stream, caches, good = store(), store(), []
     # An explicit mask: with it, SDPA picks the same kernel as in the runs with a cut.
     mask = additive(causal(x.shape[1], device=x.device))
     for layer in decoder.layers:
@@ -107,10 +107,10 @@ def clean_pass(decoder, x, positions, keep=list):
 
 
 @torch.inference_mode()
-def extend(decoder, clean, x, positions, keep=list):
+def extend(decoder, clean, x, positions, store=list):
     """A clean pass over T tokens, and embeddings x (1, m, C) of m more at `positions` -> the Clean of all T + m."""
     cos, sin = decoder.rope(positions)
-    stream, caches = keep(), keep()
+    stream, caches = store(), store()
     m, T = x.shape[1], clean.stream[0].shape[1]
     mask = additive(causal(m, T + m, x.device))
     for i, layer in enumerate(decoder.layers):

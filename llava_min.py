@@ -174,7 +174,7 @@ class LLaVA(nn.Module):
         if c.aspect == "anyres":
             self.image_newline = nn.Parameter(torch.zeros(c.text.width))
         # Set by `load`; stop: ids that end an answer; special: texts that are control tokens; the last two: offload.py.
-        self.tokenizer, self.stop, self.special, self.keep, self.waited = None, set(), ("<image>",), list, float
+        self.tokenizer, self.stop, self.special, self.store, self.waited = None, set(), ("<image>",), list, float
 
     @property
     def device(self):

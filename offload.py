@@ -312,7 +312,7 @@ def load(files, dtype=torch.float32, device="cpu", memory=False, preprocess="lla
     model = llava_min.load(files, dtype, device, preprocess=preprocess, take_layers=take_layers, family=family)
     model.waited = model.decoder.layers.waited
     if not memory:
-        d, model.keep = model.decoder, Shelf
+        d, model.store = model.decoder, Shelf
         if d.lm_head.weight is not d.embed_tokens.weight:           # else it is needed as a whole, as the head
             d.embed_tokens = RestingEmbedding(d.embed_tokens)
         if model.config.vision:

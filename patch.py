@@ -191,7 +191,7 @@ def measure(study, question, s):
         return without(asked.unpaired)
     d, named, lacking = model.decoder, *asked.named(s.groups)
     photo = study.other(question)
-    other = clean_pass(d, corrupted(model, asked, photo, s), asked.positions, model.keep)
+    other = clean_pass(d, corrupted(model, asked, photo, s), asked.positions, model.store)
     logits = unembed(d, other.stream[-1][0, -1])
     said = model.words(model.decode(logits[None], other.caches, len(asked.prompt))[0])
     pair = asked.scored.pair or (0, asked.token, logits.argmax().item())

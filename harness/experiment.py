@@ -188,7 +188,7 @@ class Asker:
         if max_norm is not None and prompt.size:
             groups = without_large(groups, patch_norms(model, prompt), max_norm)
         x, positions = model.embed(prompt), prompt.positions
-        clean = clean_pass(d, x, positions, model.keep)
+        clean = clean_pass(d, x, positions, model.store)
         logits = unembed(d, clean.stream[-1][0, -1])
         ids, = model.decode(logits[None], clean.caches, len(prompt))
         answer, first = model.words(ids), logits.argmax().item()
@@ -197,7 +197,7 @@ class Asker:
         if len(ids) > 1:
             more = d.embed_tokens(torch.tensor([ids[:-1]], device=x.device))
             after = positions[..., -1:] + 1 + torch.arange(len(ids) - 1, device=x.device)
-            clean = extend(d, clean, more, after, model.keep)
+            clean = extend(d, clean, more, after, model.store)
             x, positions = torch.cat((x, more), 1), torch.cat((positions, after), -1)
             predict = list(range(len(prompt) - 1, x.shape[1]))      # the positions that predict a token of the answer
             groups = groups.having("last", predict[-1:] if measured else predict)

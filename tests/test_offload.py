@@ -42,7 +42,7 @@ def everything(model, i=0):
     """What a question goes through, in code that knows nothing of offloading -> tensors and lists."""
     p = prompt(model, i)
     x, d = model.embed(p), model.decoder
-    clean = clean_pass(d, x, p.positions, model.keep)
+    clean = clean_pass(d, x, p.positions, model.store)
     T, end = len(p), clean.stream[-1]
     logits = d.lm_head(d.norm(end[0, -1]))
     answer = model.decode(logits[None], clean.caches, T, 6)
