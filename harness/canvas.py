@@ -7,11 +7,12 @@ No backend is chosen, and no global setting of matplotlib's is changed: a notebo
 """
 import os
 import textwrap
+import unicodedata
 from functools import cache
 from pathlib import Path
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. Curves may coincide: through the gaps of the upper
-# one's line style the lower one shows.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Curves may coincide: dashes let the one beneath
+# show through.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (8, 4)), (0, (2, 3)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -36,9 +37,12 @@ def page(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
+MOST = 60                                          # panels in a picture
+
+
 def figure(panels, title, x_label, y_label):
-    """An empty figure of so many panels -> (figure, list of axes)."""
-    if panels > 60:
+    """An empty figure of so many panels -> (figure, list of axes). ValueError: there are more than MOST."""
+    if panels > MOST:
         raise ValueError(f"{title}: {panels} panels are too many for a picture")
     columns = 4 if panels in (7, 8) else min(panels, 3)
     rows = -(-panels // columns)
@@ -60,11 +64,16 @@ def figure(panels, title, x_label, y_label):
     return fig, axes[:panels]
 
 
-def set_title(fig, title, *notes):
-    """The title, and smaller print below it: lines that are wrapped at the figure's width."""
-    wide = int(13 * fig.get_figwidth())                             # letters of 9 points
-    lines = [line for text in (title, *notes) for line in textwrap.wrap(text, wide)]
-    fig.suptitle("\n".join(lines), fontsize=9)
+def set_title(fig, *lines):
+    """The figure's heading: lines of text, each wrapped at the figure's width, and cut off where it fills three."""
+    fig.suptitle("\n".join(fitted(line, fig.get_figwidth()) for line in lines if line), fontsize=9)
+
+
+def fitted(text, inches, most=3):
+    """Text of 9 points in at most so many lines of this width; the rest becomes "..."."""
+    wide = sum(1 + (unicodedata.east_asian_width(c) in "WF" or ord(c) not in letters()) for c in text)
+    room = max(12, int(13 * inches * len(text) / max(1, wide)))     # letters in a line; those of some scripts are wide
+    return "\n".join(textwrap.wrap(text, room, max_lines=most, placeholder=" ..."))
 
 
 def one_scale(axes):
@@ -76,6 +85,7 @@ def one_scale(axes):
 
 @cache
 def fonts():
+    """Those of FONTS that are installed."""
     from matplotlib import font_manager
     there = {font.name for font in font_manager.fontManager.ttflist}
     return [name for name in FONTS if name in there]
@@ -95,10 +105,8 @@ def drawable(text):
 
 
 def finish(fig):
-    """The last step of every picture, whose texts may be anyone's: fonts for their letters, and a dollar sign is one.
-
-    -> fig
-    """
+    """The last step of every picture, whose texts may be anyone's: set fallback fonts, and turn mathtext off, so that $
+    is printed as $. -> fig"""
     from matplotlib.text import Text
     for text in fig.findobj(Text):
         text.set_parse_math(False)
@@ -111,6 +119,8 @@ def save(fig, file):
     """Finish a picture and write it, whole or not at all; the same picture is the same file. OSError names it."""
     from matplotlib import rc_context
     file = Path(file)
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{file}: a picture's name ends in .png, .svg or .pdf")
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix)
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".new.{os.getpid()}.{file.name}")         # the ending says which format it has

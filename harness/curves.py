@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.canvas import COLOURS, MARKERS, STYLES, figure, finish, in_words, one_scale, set_title
+from harness.canvas import COLOURS, MARKERS, MOST, STYLES, figure, finish, fitted, in_words, one_scale, set_title
 from harness.intervals import FEW, Mean
 from harness.tables import distinct, number, rows
 
@@ -23,23 +23,25 @@ NO_PAIR = "--measure margin: no question has a second option; pass --options A,B
 
 # ---------------------------------------------------------------------------------------------------- what was measured
 
-def first_row(file):
-    return next(iter(rows(file, ())))
+def heading(row):
+    """A row of your own question -> the question, its answer and the probability; "" for one of a file."""
+    if row.get("task") != "own question":
+        return ""
+    asked = f"{row.get('question', '')} {row.get('prediction', '')}".strip()
+    p = row.get("p_base", "")
+    return f"{asked}  (P of its {row.get('subword') or 'first'} token: {float(p):.3g})" if p != "" else asked
 
 
-def measured_with(*files, but=""):
-    """The first rows of CSVs -> (the question and its answer, if there is one question of your own; model, dtype,
-    window, heads and subword, if they are the same in all). but: leave this one out."""
-    first = [first_row(file) for file in files]
-    row = first[0]
-    own = [f"{row['question']} {row['prediction']}"] if row.get("task") == "own question" else [""]
-    if own[0] and row.get("p_base"):
-        own[0] += f"  (P of its first token: {float(row['p_base']):.3g})"
-    same = {key: row.get(key) for key in ("model", "dtype", "window", "heads", "subword")
-            if key != but and len({str(other.get(key)) for other in first}) == 1 and row.get(key)}
+def measured_with(*files, but=()):
+    """CSVs -> (`heading`, model, dtype, window, heads and subword as text). Of these, what is not the same in the first
+    rows of all is left out, and so is what `but` names."""
+    first = [next(iter(rows(file, ()))) for file in files]
+    headings = {heading(row) for row in first}
+    same = {key: first[0][key] for key in ("model", "dtype", "window", "heads", "subword")
+            if key not in but and first[0].get(key) and len({row.get(key) for row in first}) == 1}
     how = {"window": "window {}", "heads": "heads {}", "subword": "the answer's {} token"}
     facts = [how.get(key, "{}").format(value) for key, value in same.items()]
-    return own[0], ", ".join("all heads" if fact == "heads all" else fact for fact in facts)
+    return headings.pop() if len(headings) == 1 else "", ", ".join(facts).replace("heads all", "all heads")
 
 
 def difference(file, row, value, less=None):
@@ -60,8 +62,9 @@ class Series(NamedTuple):
 
 @dataclass
 class Panel:
+    """What is drawn in a panel."""
     curves: dict = field(default_factory=lambda: defaultdict(Mean))            # Series -> Mean
-    sure: dict = field(default_factory=dict)       # question -> is the answer saturated?
+    sure: dict = field(default_factory=dict)       # (run, question) -> is the answer saturated?
 
 
 SATURATED = 0.99                                   # a probability from which a cut can hardly change it any more
@@ -76,8 +79,8 @@ def gather(sources, series, value, less, scale, panel):
     names = {name for file in sources.values() for name in distinct(file, series)}
     n = len({place for file in sources.values() for place in distinct(file, panel)})
     apart = any(", random " in name for name in names) and (        # grey bands need a panel for each edge
-        n * sum(", random " not in name for name in names) <= 60)
-    panels, layers = defaultdict(Panel), {}
+        n * sum(", random " not in name for name in names) <= MOST)
+    panels, layers, shared = defaultdict(Panel), {}, []
     for run, file in sources.items():
         for (place, name, *question), mine in groupby(rows(file, needed), lambda row: (
                 row[panel], row[series], row["task"], row["question_id"], row.get("window"))):
@@ -88,15 +91,17 @@ def gather(sources, series, value, less, scale, panel):
                 continue
             name, _, control = name.partition(", random ")
             which, where = Series(run if len(sources) > 1 else "", name, control), (place, name if apart else "")
+            if max(points) > 10_000:
+                raise ValueError(f"{file}: layer {max(points)} is not one of a model")
             # Controls are measured at a few layers, all other curves at the same ones.
-            if list(points) != layers.setdefault(which, list(points)) or not control and (
-                    list(points) != layers.setdefault(None, list(points))):
+            shared = shared or ([] if control else list(points))
+            if list(points) != layers.setdefault(which, list(points)) or not control and list(points) != shared:
                 raise ValueError(f"{file} does not have the same layers for every question and {series}")
             panels[where].curves[which].add(list(points.values()), interval=not control)
-            panels[where].sure[tuple(question)] = (
+            panels[where].sure[run, *question] = (
                 bool(mine[0].get("p_base")) and number(file, mine[0], "p_base") > SATURATED)
     if not panels:
-        raise ValueError(NO_PAIR)
+        raise ValueError(NO_PAIR if less else "there are no rows to draw")
     return panels, layers
 
 
@@ -115,35 +120,38 @@ def curves(sources, series, value, scale, title, x_label, y_label, level=None, l
     -> (figure, {(panel, series): (layers, means, number of questions)})
     """
     panels, layers = gather(sources, series, value, less, scale, panel)
-    main = list(dict.fromkeys(s for one in panels.values() for s in one.curves if not s.control))
+    main = list(dict.fromkeys(s for panel in panels.values() for s in panel.curves if not s.control))
     names, runs = (list(dict.fromkeys(getattr(s, part) for s in main)) for part in ("name", "run"))
     fig, axes = figure(len(panels), title, x_label, y_label)
     drawn, lines = {}, {}
-    for ax, (place, one) in zip(axes, panels.items(), strict=True):
-        for s in (s for s in main if s in one.curves):
+    for ax, (place, shown) in zip(axes, panels.items(), strict=True):
+        for s in (s for s in main if s in shown.curves):
             look = looks(names.index(s.name), len(names), runs.index(s.run) if len(runs) > 1 else None,
                          series == "window")
-            line = draw_mean(ax, layers[s], one.curves[s], look)
+            line = draw_mean(ax, layers[s], shown.curves[s], look)
             if not place[1]:                                        # else the panel's title says what the curve is
                 lines.setdefault(in_words(s.name), line)
             key = place[0], ": ".join(filter(None, (s.run, s.name)))
-            drawn[key] = layers[s], one.curves[s].mean().tolist(), one.curves[s].n
-            if random := [other for other in one.curves if other.control and other[:2] == s[:2]]:
-                values, what = np.array([one.curves[other].mean() for other in random]), random[0].control.split()[0]
+            drawn[key] = layers[s], shown.curves[s].mean().tolist(), shown.curves[s].n
+            if random := [other for other in shown.curves if other.control and other[:2] == s[:2]]:
+                values, what = np.array([shown.curves[other].mean() for other in random]), random[0].control.split()[0]
                 lines[f"{len(values)} random {what}s: mean, lowest and highest"] = draw_controls(
                     ax, layers[random[0]], values, len(layers[s]))
         if level is not None:
             ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
-        ax.set_title(panel_title(place, one, value), fontsize=9)
+        ax.set_title(panel_title(place, shown, value, fig.get_figwidth() / min(len(panels), 3)), fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
+        if len(ax.lines[0].get_xdata()) == 1:
+            ax.set_xticks(ax.lines[0].get_xdata())
         low, high = limits or ax.get_ylim()
         ax.set_ylim((low, high) if limits or not at_least else (min(low, at_least[0]), max(high, at_least[1])))
     one_scale(axes)
-    counts = {mean.n for one in panels.values() for mean in one.curves.values()}
-    own, how = measured_with(*sources.values(), but=series)
+    counts = {mean.n for shown in panels.values() for mean in shown.curves.values()}
+    # The other measures are of the whole answer, or of two options: no token is named.
+    asked, how = measured_with(*sources.values(), but=(series, "subword" if less else ""))
     bands = ["bands: 95\u00a0%\u00a0CI of\u00a0the\u00a0mean"] * (max(counts) >= FEW) + [
         "thin lines: single questions"] * any(1 < n < FEW for n in counts)
-    set_title(fig, own, title, "; ".join(filter(None, (how, *bands))))
+    set_title(fig, asked, title, "; ".join(filter(None, (how, *bands))))
     if series == "window":
         window_scale(fig, axes, names)
     else:
@@ -151,11 +159,12 @@ def curves(sources, series, value, scale, title, x_label, y_label, level=None, l
     return finish(fig), drawn
 
 
-def panel_title(place, panel, value):
+def panel_title(place, panel, value, inches):
+    """The task or edge, how many questions, and whether their answers are saturated."""
     counts = {mean.n for mean in panel.curves.values()}
     n = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else f"{min(counts)}"
     saturated = value == "change_percent" and sum(panel.sure.values()) >= 0.9 * len(panel.sure)
-    return f"{', '.join(filter(None, map(in_words, place)))} (n = {n})" + (
+    return f"{fitted(', '.join(filter(None, map(in_words, place))), inches - 1.2, 2)} (n = {n})" + (
         f"\nsaturated: P(answer) > {SATURATED} without a cut" * saturated)
 
 
@@ -194,10 +203,11 @@ def draw_controls(ax, layers, values, of):
 
 
 def legend(fig, lines):
-    """lines: {label: what it is of}, below the panels, in as many columns as there is room for; more lines make the
-    picture higher."""
+    """lines: {label: matplotlib line}, below the panels, in as many columns as there is room for; more than two rows of
+    them make the picture higher."""
     if not lines:
         return
+    lines = {fitted(label, fig.get_figwidth() - 1, 1): line for label, line in lines.items()}
     room = int(16 * fig.get_figwidth()) // (8 + max(map(len, lines)))          # letters of 8 points, a piece of line
     columns = min(len(lines), 3, max(1, room))
     fig.set_figheight(fig.get_figheight() + 0.17 * max(0, -(-len(lines) // columns) - 2))

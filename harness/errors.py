@@ -1,5 +1,5 @@
 """
-harness/errors.py - between a command and its terminal; nothing else of this repo is needed.
+harness/errors.py - one-line errors, safe printing, patterns of file names; nothing else of this repo is needed.
 
 Use     with one_line_errors():                what a user can cause ends in one line and exit code 2
             run(parse())
@@ -29,7 +29,7 @@ def one_line_errors():
         done = True
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\nstopped; the same command resumes a run that has an --out folder", file=sys.stderr)
+        print("\nstopped; the same command resumes a run that keeps a run.json in --out", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stdout.discard()
@@ -44,7 +44,7 @@ def one_line_errors():
             if not e.filename:                                      # a full disk behind `> file`
                 sys.stdout.discard()
         elif full:
-            text = f"out of memory ({e}); try --dtype bfloat16, a smaller model, or --device cpu"
+            text = f"out of memory ({e}); try --offload disk, --dtype bfloat16, a smaller model, or --device cpu"
         else:
             text = str(e)
         text = " ".join(text.split())
@@ -55,8 +55,8 @@ def one_line_errors():
 
 
 def files_of(flag, given):
-    """What a flag that takes several files was given -> list of files. A pattern that the shell left as it is, as those
-    of Windows do, becomes the sorted names that it matches, unless a file has that very name. ValueError: none does."""
+    """What a flag that takes several files was given -> list of files. A pattern that the shell did not expand (quoted,
+    or on Windows) becomes the sorted names that it matches, unless a file has that very name. ValueError: none does."""
     found = []
     for text in given:
         literal = glob.escape(text) == text or os.path.lexists(text)

@@ -144,6 +144,11 @@ def control_layers(L, step=None):
     return list(range(0, L, step)) if step else sorted({max(0, L * i // 3 - 1) for i in (1, 2, 3)})
 
 
+def short_name(model):
+    """--model -> a registered name or hub id as it is; of a folder, its own name."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
 def load_model(m, checkpoint=None):
     """ModelSettings -> LLaVA, and one line on stderr that names the model, its size, dtype and device."""
     checkpoint = checkpoint or hub.resolve(m.name, m.revision, m.vision_tower)
@@ -242,9 +247,10 @@ class Study(Asker):
         in a folder, the folder's name. heads, subword: where the instrument has them; "all" is every head."""
         m = self.shared.model
         dtype = hub.pick_dtype(m.dtype, hub.pick_device(m.device), self.checkpoint.files)
-        name = Path(m.name).resolve().name if Path(m.name).is_dir() else m.name
-        return {"model": name, "dtype": str(dtype).removeprefix("torch."), **({"subword": subword} if subword else {}),
-                **({"heads": ",".join(map(str, heads)) if heads else "all"} if subword else {})}
+        facts = {"model": short_name(m.name), "dtype": str(dtype).removeprefix("torch.")}
+        if subword:
+            facts |= {"subword": subword, "heads": ",".join(map(str, heads)) if heads else "all"}
+        return facts
 
     def open(self, name, columns, order=list, **settings):
         """Open, or resume, the run's files. settings: what its numbers depend on, besides model and questions.

@@ -1,13 +1,14 @@
 """
 harness/photos.py - pictures of one question: words over layers and positions, and what lies on which patch.
 
-Needs   matplotlib and numpy, and canvas.py beside it.
+Needs   matplotlib and numpy; canvas.py and curves.py beside it.
 """
 from collections import defaultdict
 
 import numpy as np
 
 from harness.canvas import COLOURS, figure, finish, in_words, page, save, set_title
+from harness.curves import heading
 
 
 def words(title, columns, cells, shares, picture):
@@ -84,9 +85,7 @@ def maps_figure(image, rows, change):
     cuts = "all layers" if first["all_layers"] else (
         f"layer {first['layer']}" + (f", window {first['window']}" if first["window"] != 1 else ""))
     fig, axes = figure(1 + len(columns) * len(views), "", "", "")
-    own = f"{first['question']} {first['prediction']}  (P of its first token: {first['p_base']:.3g})" if (
-        first["p_base"] != "") else f"{first['question']} {first['prediction']}"
-    set_title(fig, own, f"blocks of the photo \u2192 {first['target']}",
+    set_title(fig, heading(first | {"task": "own question"}), f"blocks of the photo \u2192 {first['target']}",
               ", ".join(first[key] for key in ("model", "dtype") if first.get(key)))
     for ax in axes:
         ax.imshow(image)

@@ -35,7 +35,7 @@ def run_labels(files):
     told, places = [], [str(Path(file).parent) for file in files]
     if len(set(places)) < len(files):                               # two files of one folder
         places = list(map(str, files))
-    if len(set(places)) < len(files):
+    if len({Path(file).resolve() for file in files}) < len(files):
         raise ValueError(f"{files[0]}: the same file is given twice")
     for file in files:
         info = Path(file).with_name("run.json")
@@ -74,7 +74,7 @@ def knockout(file, picture, measure="first"):
 
 
 def knockout_figure(file, measure="first"):
-    """The same -> (figure, what was drawn). file: also rows that were measured in memory, a list of dicts."""
+    """`knockout` without saving -> (figure, what was drawn). file: also rows in memory, a list of dicts."""
     sources = dict(zip(run_labels(file), file, strict=True)) if is_several(file) else {"": file}
     windows = {window for source in sources.values() for window in distinct(source, "window")}
     by_window = len(windows) > 1 and len(sources) == 1
@@ -96,13 +96,14 @@ def heads(file, picture, top, measure="first"):
 
 
 def heads_figure(file, top, measure="first"):
-    """The same -> (figure, the heads, lines)."""
-    total, edge, window, asked, label = defaultdict(list), None, None, {}, MEASURES[measure][2]
+    """`heads` without saving -> (figure, the heads, lines)."""
+    total, edge, window, questions, label = defaultdict(list), None, None, set(), MEASURES[measure][2]
     for row in rows(file, ("question_id", "task", "edge", "window", "layer", "head", MEASURES[measure][0])):
         place = number(file, row, "layer", whole=True, least=0), number(file, row, "head", whole=True, least=0)
         if (change := measured(file, row, measure)) is not None:
             total[place].append(change)
-            edge, window, asked[row["task"], row["question_id"]] = row["edge"], row["window"], None
+            edge, window = row["edge"], row["window"]
+            questions.add((row["task"], row["question_id"]))
     if not total:
         raise ValueError(NO_PAIR)
     if max(map(max, total)) > 10_000:
@@ -123,8 +124,8 @@ def heads_figure(file, top, measure="first"):
     ax.set_xlabel("head", fontsize=9)
     ax.set_ylabel("layer" if window == "1" else f"layer at the centre of the window of {window}", fontsize=9)
     fig.colorbar(shown, label=f"mean {label}")
-    own, how = measured_with(file)
-    set_title(fig, own, f"{in_words(edge)}, cut for one head at a time (n = {len(asked)})", how)
+    asked, how = measured_with(file, but=("heads", "subword" if measure != "first" else ""))
+    set_title(fig, asked, f"{in_words(edge)}, cut for one head at a time (n = {len(questions)})", how)
     lines = [f"rank  layer  head  mean {label}"]
     lines += [f"{rank:4}  {layer:5}  {head:4}  {mean[layer, head]:+.3f}"
               for rank, (layer, head) in enumerate(ranked, 1)]
@@ -139,7 +140,7 @@ def lens(file, picture):
 
 
 def lens_figure(file):
-    """The same -> (figure, what was drawn)."""
+    """`lens` without saving -> (figure, what was drawn)."""
     how = {"raw": "the residual stream as it is (the last layer's through the final norm)",
            "final": "every layer through the final norm"}
     norms = ", ".join(how.get(norm, norm) for norm in distinct(file, "norm"))
@@ -167,7 +168,7 @@ def patch(file, picture):
 
 
 def patch_figure(file):
-    """The same -> (figure, what was drawn)."""
+    """`patch` without saving -> (figure, what was drawn)."""
     part, direction, window = (distinct(file, name)[0] for name in ("part", "direction", "window"))
     what = {"denoising": "clean into corrupted", "noising": "corrupted into clean"}[direction]
     title = f"Activation patching, {what}: " + {"stream": "the residual stream", "attention": "attention's output",
@@ -184,18 +185,54 @@ def patch_figure(file):
 def prune(file, picture):
     """prune.csv -> a picture: over X, accuracy with the 95 % interval of its change, a panel per task; time and FLOPs.
 
-    -> {task: {X: dict of accuracy; change, from X = 0; low and high, of the change's interval; time and flops, as
-    shares of those at X = 0 (medians over questions); tokens: image tokens, mean over layers and questions}}
+    -> {task: {X: dict of n, the number of questions; accuracy; change, from X = 0; low and high, of the change's
+    interval; time and flops, as shares of those at X = 0 (medians over questions); tokens: image tokens, mean over
+    layers and questions}}
     """
+    by_task, what, kept = pruned(file)
+    drawn = {task: summary(by_x) for task, by_x in by_task.items()}
+    fig, axes = figure(len(drawn) + 1, "", "X: layers without the image", f"{what}, %")
+    for ax, (task, by_x) in zip(axes[:-1], drawn.items(), strict=True):
+        shares, n = np.array([100 * v["accuracy"] for v in by_x.values()]), by_x[0]["n"]
+        ax.plot(list(by_x), shares, color=COLOURS[0], linewidth=1.6, marker="o", markersize=2.5)
+        low, high = (np.clip([shares[0] + 100 * v[end] for X, v in by_x.items() if X], 0, 100)
+                     for end in ("low", "high"))
+        if n > 1:
+            ax.fill_between([X for X in by_x if X], low, high, color=COLOURS[0], alpha=0.18, linewidth=0)
+        ax.set_title(f"{task} (n = {n})", fontsize=9)
+        ax.set_ylim(-3, 103)
+    lines = {}
+    for i, name in enumerate(("time", "FLOPs of the prefill")):     # of all tasks together
+        middle = [100 * np.median([v[2 + i] for by_x in by_task.values() for v in by_x[X]]) for X in by_x]
+        lines[f"{name}: median over questions"], = axes[-1].plot(
+            list(by_x), middle, color=COLOURS[1 + 3 * i], linestyle=STYLES[i], marker=MARKERS[i], linewidth=1.6,
+            markersize=2.5)
+    axes[-1].set_title("cost of a question", fontsize=9)
+    axes[-1].set_ylabel("% of X = 0", fontsize=9)
+    axes[-1].set_ylim(0, max(105, axes[-1].get_ylim()[1]))
+    for ax in axes:
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    asked, how = measured_with(file)
+    bands = ["bands: 95 % CI of the change from X = 0"] if max(v[0]["n"] for v in drawn.values()) > 1 else []
+    set_title(fig, asked, "Without the image in the last X layers" + (f", keeping {kept}" if kept != "none" else ""),
+              "; ".join(filter(None, (how, *bands))))
+    legend(fig, lines)
+    save(fig, picture)
+    return drawn
+
+
+def pruned(file):
+    """prune.csv -> ({task: {X: for each question (is it right, its change from X = 0, time and FLOPs as shares of those
+    at X = 0, image tokens)}}, what is called accuracy, what is kept of the image)."""
     needed = ("question_id", "task", "removed_layers", "correct", "seconds", "prefill_flops", "image_tokens")
-    by_task, cost, known, keeps = defaultdict(lambda: defaultdict(list)), defaultdict(list), set(), {}
+    by_task, known, kept = defaultdict(lambda: defaultdict(list)), set(), {}
     for (task, question), mine in groupby(rows(file, needed), lambda row: (row["task"], row["question_id"])):
         numbers = {}                                                # X -> correct, seconds, FLOPs, image tokens
         for row in mine:
             X = number(file, row, "removed_layers", whole=True, least=0)
             numbers[X] = [number(file, row, name, least=0) for name in needed[3:]]
-            keeps[row.get("keep") or "none"] = None
-            known.add(bool(row.get("answer", "?")))
+            kept[row.get("keep") or "none"] = None
+            known.add(bool(row.get("answer", "?")))                 # older CSVs have no such column
         if 0 not in numbers or by_task[task].keys() not in (set(), numbers.keys()):
             raise ValueError(f"{file}: question {question} does not have the same removed_layers as the others, with 0")
         correct, seconds, flops, _ = numbers[0]
@@ -203,54 +240,28 @@ def prune(file, picture):
             raise ValueError(f"{file}: question {question} has a correct that is not 0 or 1, or took no time")
         for X, (c, s, f, tokens) in sorted(numbers.items()):
             by_task[task][X].append((c, c - correct, s / seconds, f / flops, tokens))
-            cost[X].append((s / seconds, f / flops))
-    drawn = defaultdict(dict)
-    for task, by_x in by_task.items():
-        before = np.mean([v[0] for v in by_x[0]])
-        for X, values in by_x.items():
-            right, change, time, flops, tokens = np.array(values).T
-            low, high = paired_interval(change, before)
-            drawn[task][X] = {"accuracy": right.mean(), "change": change.mean(), "low": low, "high": high,
-                              "time": np.median(time), "flops": np.median(flops), "tokens": tokens.mean()}
     what = {(True,): "accuracy", (False,): "agreement with X = 0", (False, True): "accuracy, or agreement with X = 0"}[
         tuple(sorted(known))]
-    keep = ", ".join(keeps)
-    fig, axes = figure(len(by_task) + 1, "", "X: layers without the image", f"{what}, %")
-    for ax, (task, by_x) in zip(axes[:-1], drawn.items(), strict=True):
-        shares = np.array([100 * v["accuracy"] for v in by_x.values()])
-        ax.plot(list(by_x), shares, color=COLOURS[0], linewidth=1.6, marker="o", markersize=2.5)
-        low, high = (np.clip([shares[0] + 100 * v[end] for X, v in by_x.items() if X], 0, 100)
-                     for end in ("low", "high"))
-        if (n := len(by_task[task][0])) > 1:
-            ax.fill_between([X for X in by_x if X], low, high, color=COLOURS[0], alpha=0.18, linewidth=0)
-        ax.set_title(f"{task} (n = {n})", fontsize=9)
-        ax.set_ylim(-3, 103)
-    lines = {}
-    for i, name in enumerate(("time", "FLOPs of the prefill")):
-        middle = [100 * np.median([pair[i] for pair in pairs]) for pairs in cost.values()]
-        lines[f"{name}: median over questions"], = axes[-1].plot(
-            list(cost), middle, color=COLOURS[1 + 3 * i], linestyle=STYLES[i], marker=MARKERS[i], linewidth=1.6,
-            markersize=2.5)
-    axes[-1].set_title("cost of a question", fontsize=9)
-    axes[-1].set_ylabel("% of X = 0", fontsize=9)
-    axes[-1].set_ylim(0, max(105, axes[-1].get_ylim()[1]))
-    for ax in axes:
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    own, how = measured_with(file)
-    bands = ["bands: 95 % CI of the change from X = 0"] if max(map(len, cost.values())) > 1 else []
-    set_title(fig, own, "Without the image in the last X layers" + ("" if keep == "none" else f", keeping {keep}"),
-              "; ".join(filter(None, (how, *bands))))
-    legend(fig, lines)
-    save(fig, picture)
-    return drawn
+    return by_task, what, ", ".join(kept)
+
+
+def summary(by_x):
+    """What `pruned` gives of a task -> what `prune` returns of it."""
+    before, result = np.mean([v[0] for v in by_x[0]]), {}
+    for X, values in by_x.items():
+        right, change, time, flops, tokens = np.array(values).T
+        low, high = paired_interval(change, before)
+        result[X] = {"n": len(values), "accuracy": right.mean(), "change": change.mean(), "low": low, "high": high,
+                    "time": np.median(time), "flops": np.median(flops), "tokens": tokens.mean()}
+    return result
 
 
 LARGE = 57.0                                       # the paper's: of CLIP ViT-L/14-336's 576 patches, 3.3 exceed it
 
 
 def threshold(norms):
-    """The norm above which figure 16 leaves patches out. If more than one patch in twenty exceeds LARGE, it is another
-    tower; then the norm that as many exceed there as LARGE in the paper's."""
+    """The norm above which figure 16 leaves patches out: LARGE. If more than one patch in twenty exceeds it, the tower
+    is not the paper's, and the limit is the norm that as large a share of patches exceeds as LARGE there."""
     norms = sorted(norms)
     few = sum(norm > LARGE for norm in norms) <= len(norms) / 20
     return LARGE if few else norms[round(len(norms) * (1 - 3.3 / 576)) - 1]
@@ -260,22 +271,22 @@ def norms(file, picture):
     """norms.csv -> a picture: a panel per task, a histogram of the norms of a photo's patch features."""
     needed = ("question_id", "task", "norm")
     everything = np.array([number(file, row, "norm", least=0) for row in rows(file, needed)])
-    limit, edges = threshold(everything), np.linspace(0, max(60.0, everything.max()), 61)
+    limit, bins = threshold(everything), np.linspace(0, max(60.0, everything.max()), 61)
     by_task = defaultdict(lambda: [0, np.zeros(60), 0])             # questions, patches in each bin, above the limit
     for (task, _), mine in groupby(rows(file, needed), lambda row: (row["task"], row["question_id"])):
         values = np.array([number(file, row, "norm") for row in mine])
-        counts = by_task[task]
-        counts[:] = counts[0] + 1, counts[1] + np.histogram(values, edges)[0], counts[2] + (values > limit).sum()
+        total = by_task[task]
+        total[:] = total[0] + 1, total[1] + np.histogram(values, bins)[0], total[2] + (values > limit).sum()
     fig, axes = figure(len(by_task), "", "norm", "patches of a picture")
-    for ax, (task, (n, bins, above)) in zip(axes, by_task.items(), strict=True):
-        ax.hist(edges[:-1], edges, weights=bins / n, color=COLOURS[0])
+    for ax, (task, (n, counts, above)) in zip(axes, by_task.items(), strict=True):
+        ax.hist(bins[:-1], bins, weights=counts / n, color=COLOURS[0])
         line = ax.axvline(limit, color=COLOURS[1], linewidth=1)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(f"{in_words(task)} (n = {n}), {above / n:.1f} above {limit:.4g}", fontsize=9)
     one_scale(axes)
-    own, how = measured_with(file)
-    set_title(fig, own, "L2 norm of the vision tower's patch features", how)
+    asked, how = measured_with(file)
+    set_title(fig, asked, "L2 norm of the vision tower's patch features", how)
     legend(fig, {f"{limit:.4g}: above it, figure 16 leaves patches out": line})
     save(fig, picture)
 

@@ -1,5 +1,5 @@
 """
-harness/summary.py - what a run of knockout.py is called, and the lines that it prints at its end.
+harness/summary.py - the lines that a run prints at its end, and the name of knockout.py's CSV.
 
 Needs   numpy; plots.py, tables.py and runs.py beside it.
 """
@@ -26,7 +26,7 @@ LINES = 10                                         # so many of a run's curves a
 
 
 def peaks(drawn, text, rank=abs, least=0, nothing=""):
-    """What a function of plots.py drew -> lines: of the curves with the highest peaks, each one's, highest first.
+    """What a function of plots.py returned -> lines, one for each of the LINES curves with the highest peaks.
 
     drawn: {(task, name): (layers, means, number of questions)}. text: a format of the peak and its layer. rank(value):
     how high it is; below `least`, `nothing` is said instead.
@@ -35,14 +35,14 @@ def peaks(drawn, text, rank=abs, least=0, nothing=""):
             for (task, name), (layers, mean, n) in drawn.items()]
     tops.sort(key=lambda top: -rank(top[0]))
     for value, layer, task, name, n in tops[:LINES]:
-        said = nothing if nothing and rank(value) < least else text.format(value, layer)
-        yield f"{task}, {name}: {said} (n = {n})"
+        peak = nothing if nothing and rank(value) < least else text.format(value, layer)
+        yield f"{task}, {name}: {peak} (n = {n})"
     if len(tops) > LINES:
         yield f"{len(tops) - LINES} more curves: see the picture"
 
 
 def knockout_lines(drawn, measure="first"):
-    """What `knockout` returns -> those lines."""
+    """What plots.knockout returned -> those lines."""
     unit, least, shown = ("%", 0.05, "{:+.1f}") if measure == "first" else ("nats", 0.0005, "{:+.3f}")
     return peaks(drawn, f"largest mean change {shown} {unit}, around layer {{}}", abs, least,
                  f"no change of {least:g} {unit} in any layer")

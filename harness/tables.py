@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def rows(file, needed, empty=False):
-    """A run's CSV -> its rows as dicts, one by one; rows in memory are given as they are. ValueError: it cannot be
-    read, lacks a column, or has no rows and `empty` does not allow that."""
+    """A run's CSV -> its rows as dicts, one by one; a list of rows is given as it is. ValueError: it cannot be read, a
+    row lacks one of the columns `needed`, or there are no rows and `empty` does not allow that."""
     if not isinstance(file, str | Path):
         yield from file
         return
@@ -41,11 +41,11 @@ def distinct(file, column):
 
 
 def number(file, row, column, whole=False, least=-1e30):
-    """A cell as a number. ValueError: it is none, or none that can be drawn."""
+    """A cell as a float; whole: as an int. ValueError: it is no number, below `least`, or beyond 1e30."""
     try:
         value = float(row[column])
     except ValueError:
         value = math.nan
     if not least <= value <= 1e30 or whole and value != int(value):
-        raise ValueError(f"{file}: {column} {row[column][:30]!r} is not a number that can be drawn")
+        raise ValueError(f"{file}: {column} {str(row[column])[:30]!r} is not a number that can be drawn")
     return int(value) if whole else value

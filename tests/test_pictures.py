@@ -123,9 +123,50 @@ def test_where_there_is_a_tint_there_is_a_colour_bar(drawn, monkeypatch):
 def test_a_long_title_wraps_and_a_letter_without_a_font_is_a_box(drawn):
     fig = drawn(plots.knockout, knockout_rows(n=1, tasks=("own question",), question="Is it this or that " * 12))
     wide = 13 * fig.get_figwidth()
-    assert len(title(fig).splitlines()) > 4 and max(map(len, title(fig).splitlines())) <= wide
+    assert 4 < len(title(fig).splitlines()) < 8 and max(map(len, title(fig).splitlines())) <= wide
     assert canvas.drawable("a\u0378b\x1c\n") == "a\u25a1b \n" and canvas.drawable("caf\u00e9") == "caf\u00e9"
     assert canvas.fonts()[0] == "DejaVu Sans"
+
+
+def test_of_several_runs_a_title_says_what_is_the_same_in_all(drawn, monkeypatch, tmp_path):
+    def run(name, p=0.999, **how):
+        (tmp_path / name).mkdir(exist_ok=True)
+        text = knockout_rows(n=1, tasks=("own question",), **how).replace(",0.9,", f",{p},")
+        (tmp_path / name / "knockout.csv").write_text(text)
+        return tmp_path / name / "knockout.csv"
+
+    def both(*files):
+        return plots.knockout_figure(list(files))[0]
+    one, same, other = run("a"), run("b", facts=SAID.replace("float32", "bfloat16")), run("c", question="Is it blue?")
+    assert "Is it red? Red  (P of its first token: 0.999)" in title(both(one, same))
+    assert "Is it" not in title(both(one, other)) and "llava-tiny, float32" in title(both(one, other))
+    assert "float32" not in title(both(one, same))
+    sure, unsure = run("d"), run("e", p=0.5)
+    for files in ((sure, unsure), (unsure, sure)):                  # in half of the runs only, whichever is first
+        assert "saturated" not in both(*files).axes[0].get_title()
+    with pytest.raises(ValueError, match="given twice"):
+        both(one, one.parent / "." / ".." / "a" / "knockout.csv")
+
+
+def test_a_title_names_the_token_that_was_measured_and_none_where_several_were(drawn):
+    columns = "logp_per_token_base,logp_per_token_knockout,"
+    text = knockout_rows(n=1, tasks=("own question",), facts="m,float32,last,all")
+    assert "(P of its last token: 0.9)" in title(drawn(plots.knockout, text))
+    lines = [columns + line if i == 0 else "-1,-2," + line for i, line in enumerate(text.splitlines())]
+    fig = drawn(plots.knockout, "\n".join(lines) + "\n", "answer")
+    assert "token" not in title(fig).splitlines()[-1] and "nats per token" in fig.axes[0].get_ylabel()
+
+
+def test_odd_sizes_still_make_a_picture(drawn, tmp_path):
+    one_layer = "\n".join(line for line in knockout_rows(n=2).splitlines() if ",3,0," in line or "edge" in line) + "\n"
+    fig = drawn(plots.knockout, one_layer)
+    assert fig.axes[0].get_xticks().tolist() == [0]
+    long = drawn(plots.knockout, knockout_rows(n=1, tasks=("own question",), question="\u5341" * 3000))
+    assert len(title(long).splitlines()) <= 9 and "..." in title(long)
+    with pytest.raises(ValueError, match="layer 1000000000 is not one of a model"):
+        drawn(plots.knockout, knockout_rows(n=1).replace(",3,3,", ",3,1000000000,"))
+    with pytest.raises(ValueError, match="x.foo: a picture's name ends in"):
+        canvas.save(canvas.page(3, 3), tmp_path / "x.foo")
 
 
 def test_many_lines_in_a_legend_make_the_picture_higher_not_its_panels_lower(drawn):

@@ -3,6 +3,7 @@
 check.py against numbers: of others, on the published models, and our own frozen ones. A number that differs fails.
 """
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import world
 from commands import refused
 
 import check
-from harness import hub, runs
+from harness import facts, hub
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -30,7 +31,7 @@ CONFIG = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "lla
 
 
 def lines(stdout, part):
-    return [line for line in stdout.splitlines() if line.startswith(part + " ")]
+    return [line for line in stdout.splitlines() if line[8:].startswith(part + " ")]
 
 
 # ---------------------------------------------------------------------------------------------------- others' numbers
@@ -66,7 +67,7 @@ def test_tokenizer_and_config_alone_give_the_published_ids_positions_and_patches
     argv = ("--model", texts, "--published", "llava-1.5-7b")
     code, stdout, err = call(check.main, *argv, "--only", "prompt")
     assert code == 0 and "6 checks, 0 failed" in stdout and "not checked" not in stdout, (stdout, err)
-    assert all(line.endswith("ok") for line in lines(stdout, "prompt")) and "gexinh/vlm-probing" in stdout
+    assert all(line.startswith("ok ") for line in lines(stdout, "prompt")) and "gexinh/vlm-probing" in stdout
     code, stdout, err = call(check.main, *argv)                     # the rest needs weights, and says so
     assert code == 0 and "not checked: cut, numbers: " in stdout and "lacks model.safetensors" in stdout, (stdout, err)
     assert "not checked: greedy, accuracy: nobody's numbers" in stdout
@@ -83,7 +84,7 @@ def test_another_geometry_is_not_the_published_one(call, texts, name, change):
     change(raw)
     (texts / "config.json").write_text(json.dumps(raw))
     code, stdout, _ = call(check.main, "--model", texts, "--published", "llava-1.5-7b", "--only", "prompt")
-    failed = [line for line in lines(stdout, "prompt") if line.endswith("FAILED")]
+    failed = [line for line in lines(stdout, "prompt") if line.startswith("FAILED")]
     assert code == (1 if failed else 0) and bool(failed) == (name != "token ids")
     assert not failed or any(f" {name}, 2 questions" in line for line in failed)
 
@@ -146,14 +147,14 @@ def put(*path):
     (put("prompt", "tokens", lambda v: v + 1), "number of tokens"),
     (put("prompt", "image", lambda v: [v[0], v[1] + 1]), "positions of the image"),
     (put("prompt", "related_patches", lambda v: v[1:]), "related patches"),
-    (put("numbers", "answer_ids", lambda v: [v[0] + 1, *v[1:]]), "answers to 3 questions"),
-    (put("numbers", "p_base", lambda v: v * 1.002), "P of the first token, largest difference (01)"),
-    (put("numbers", "p_knockout", "image->question", 2, lambda v: v * 1.003), "image->question: largest, mean"),
-    (put("numbers", "p_knockout", "last->last", lambda v: [p * 1.0006 for p in v]), "last->last: largest, mean"),
-    (put("numbers", "lens_top1", lambda v: [v[0] + 1, *v[1:]]), "logit lens: layers")])
+    (put("numbers", "answer_ids", lambda v: [v[0] + 1, *v[1:]]), "answers, 3 questions"),
+    (put("numbers", "p_base", lambda v: v * 1.002), "P of the first token, 3 questions: largest difference (01)"),
+    (put("numbers", "p_knockout", "image->question", 2, lambda v: v * 1.003), "image->question, 3 questions: largest,"),
+    (put("numbers", "p_knockout", "last->last", lambda v: [p * 1.0006 for p in v]), "last->last, 3 questions: largest"),
+    (put("numbers", "lens_top1", lambda v: [v[0] + 1, *v[1:]]), "logit lens, 3 questions: layers")])
 def test_one_number_that_differs_fails_and_is_named(call, frozen, tmp_path, change, what):
     code, stdout, _ = against(call, frozen, tmp_path, change)
-    failed = [line for line in stdout.splitlines() if line.endswith("FAILED")]
+    failed = [line for line in stdout.splitlines() if line.startswith("FAILED")]
     assert code == 1 and what in failed[0] and ("P of" in what or len(failed) == 1), stdout
     assert "checks, " + str(len(failed)) + " failed" in stdout
 
@@ -172,7 +173,7 @@ def test_a_photo_that_is_missing_or_another_one_leaves_its_question_unchecked(ca
     argv, facts = frozen
     code, stdout, _ = against(call, frozen, tmp_path, put("image_sha256", lambda v: "0" * 64))
     assert code == 0 and "not checked: numbers of question 01: " in stdout and "is another photo" in stdout
-    assert "answers to 2 questions" in stdout
+    assert "answers, 2 questions" in stdout
 
     def rename(entry):
         for q in entry["questions"]:
@@ -207,7 +208,7 @@ def test_a_long_answer_is_compared_word_by_word(call, frozen, tmp_path, model):
 
 
 @pytest.mark.slow
-def test_accuracy_by_group_is_compared_with_its_interval(call, tmp_path):
+def test_accuracy_by_group_is_compared_with_its_interval(call, monkeypatch, tmp_path):
     bundled = hub.BUNDLED["llava-tiny"].parent / "val"
     argv = ("--images", bundled / "images", "--gqa", bundled / "val_balanced_questions.json", "--limit", 4,
             "--only", "accuracy", "--out", tmp_path / "out")
@@ -217,16 +218,19 @@ def test_accuracy_by_group_is_compared_with_its_interval(call, tmp_path):
         file.write_text(json.dumps({"llava-tiny": {"source": "a test", "accuracy": accuracy}}))
         return call(check.main, *argv, "--against", file)
     code, stdout, err = result(**{"choose/attr": 97.0, "query/attr": 95.0})
-    assert code == 0 and "choose/attr, 4 questions" in stdout and "2 checks, 0 failed" in stdout, (stdout, err)
-    code, stdout, err = result(**{"choose/attr": 10.0, "query/attr": 95.0})
-    assert code == 1 and "2 checks, 1 failed" in stdout
+    assert code == 0 and "choose/attr, 4 questions" in stdout, (stdout, err)
+    assert "0 checks, 0 failed" in stdout                           # of so few, nothing is said
+    monkeypatch.setattr(check, "ENOUGH", 4)
+    code, stdout, err = result(**{"choose/attr": 10.0, "query/attr": 95.0, "query/none": 50.0})
+    assert code == 1 and "2 checks, 1 failed" in stdout and "not checked: accuracy in query/none: " in stdout
     code, _, err = call(check.main, "--against", tmp_path / "facts.json", "--only", "accuracy")
     assert code == 2 and "--gqa FILE" in err
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[]", ["is not a JSON object"]), ("{", ["is not JSON"]), ('{"m": 3}', ["'m' is not a model's entry"]),
-    ('{"m": {"source": "x", "questions": [{"id": "1"}]}}', ["'m' is not a model's entry"])])
+    ("[]", ["is not a JSON object"]), ("{", ["is not JSON"]), ('{"m": 3}', [", m: not an entry of a facts file"]),
+    ('{"m": {"source": "x", "questions": []}}', [", m: it has no 'dtype'"]),
+    ('{"m": {"source": "x", "accuracy": {"a": "9"}}}', [", m: 'accuracy' is not what it must be"])])
 def test_what_is_no_facts_file_is_refused(call, tmp_path, text, words):
     (tmp_path / "f.json").write_text(text)
     refused(call(check.main, "--against", tmp_path / "f.json"), "f.json", *words)
@@ -247,4 +251,88 @@ def test_every_entry_says_where_it_is_from_and_frozen_photos_are_the_bundled_one
     assert set(frozen) == set(hub.BUNDLED)
     for entry in frozen.values():
         for q in entry["questions"]:
-            assert runs.file_hash(ROOT / "tiny" / "val" / "images" / q["image"]) == q["image_sha256"]
+            assert facts.sha256_of(ROOT / "tiny" / "val" / "images" / q["image"]) == q["image_sha256"]
+
+
+# ---------------------------------------------------------------------------------------------------- bad facts
+
+def places(value, path=()):
+    """Every place in nested JSON, as a path."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def test_whatever_is_missing_or_odd_in_a_facts_file_is_named(frozen, tmp_path):
+    """Each key deleted, and each value replaced by each of some odd ones: either the file is refused in one line, or it
+    is still a facts file."""
+    entry = json.loads(json.dumps(next(iter(frozen[1].values()))))
+    entry = entry | {"questions": entry["questions"][:1], "accuracy": {"choose/attr": 50.0},
+                     "greedy": {"image": "a.jpg", "size": [9, 9], "question": "q", "answer": "a", "from": "b"}}
+    short = entry["questions"][0]["numbers"]["p_knockout"]
+    entry["questions"][0]["numbers"]["p_knockout"] = dict(list(short.items())[:1])
+    refusals = deletions = 0
+    for path in places(entry):
+        for odd in (None, "x", -1, 2.5, math.nan, [], {}, [None], 10 ** 30, "DELETE"):
+            changed = json.loads(json.dumps(entry))
+            at = changed
+            for key in path[:-1]:
+                at = at[key]
+            if odd == "DELETE" and isinstance(at, dict):
+                del at[path[-1]]
+            elif odd != "DELETE":
+                at[path[-1]] = odd
+            try:
+                facts.check("f.json, m", changed)
+            except ValueError as e:
+                assert str(e).startswith("f.json, m") and len(str(e)) < 300
+                refusals, deletions = refusals + 1, deletions + (odd == "DELETE")
+    assert refusals > 500 and deletions > 20
+
+
+def test_facts_of_another_model_are_an_error_and_not_a_difference(call, frozen, tmp_path):
+    change = put("numbers", "p_knockout", "image->question", lambda v: v[:3])
+    code, stdout, err = against(call, frozen, tmp_path, change)
+    assert code == 2 and "question 01 of the facts file: image->question has 3 points, but the model has " in err
+    assert "token ids" in stdout                                    # what was checked before is on the screen
+
+
+def test_an_edge_that_the_question_does_not_have_is_named(call, frozen, tmp_path):
+    def change(entry):
+        known = entry["questions"][0]["numbers"]["p_knockout"]
+        known["newlines->last"] = known["image->last"]
+    code, stdout, _ = against(call, frozen, tmp_path, change)
+    assert code == 0 and "not checked: numbers of question 01, newlines->last: newlines: only AnyRes" in stdout
+
+
+def test_other_preprocessing_is_not_compared_and_the_same_one_holds(call, frozen, tmp_path):
+    argv, _ = frozen
+    code, stdout, _ = against(call, frozen, tmp_path, None, "--preprocess", "hf", parts=("prompt", "cut"))
+    assert code == 0 and "not checked: prompt, numbers: they were measured with --preprocess llava" in stdout
+    own = (*argv[:2], "--image", Path(argv[3]) / "a.jpg", "--question", "Is the cup red?", "--box", "20,10,40,30")
+    how = ("--preprocess", "hf", "--dtype", "float32")
+    code, stdout, err = call(check.main, *own, *how, "--freeze", tmp_path / "hf.json")
+    assert code == 0 and f"--images {argv[3]}" in stdout, err
+    code, stdout, err = call(check.main, *argv, *how, "--against", tmp_path / "hf.json", "--only", "prompt", "numbers")
+    assert code == 0 and "FAILED" not in stdout and "1 question" in stdout, (stdout, err)
+
+
+def test_freezing_adds_to_a_file_and_refuses_what_it_cannot_say(call, frozen, tmp_path):
+    argv, _ = frozen
+    data = (*argv, "--data", Path(argv[3]) / "x_ChooseAttr.csv", "--dtype", "float32", "--window", 2)
+    for n in (1, 3):                                                # the first again, and two more
+        assert call(check.main, *data, "--limit", n, "--freeze", tmp_path / "f.json")[0] == 0
+    entry, = json.loads((tmp_path / "f.json").read_text()).values()
+    assert [q["id"] for q in entry["questions"]] == ["01", "02", "03"]
+    refused(call(check.main, *data[:-1], 3, "--freeze", tmp_path / "f.json"), "with window 2, not 3", "another file")
+    refused(call(check.main, *data, "--freeze", tmp_path / "no" / "f.json"), "no such folder")
+    refused(call(check.main, *data, "--freeze", ""), "--freeze")
+    for flags in (("--heads", 0), ("--max-norm", 9), ("--only", "cut"), ("--against", tmp_path / "f.json")):
+        refused(call(check.main, *data, "--freeze", tmp_path / "g.json", *flags), "--freeze and --" + flags[0][2:])
+    refused(call(check.main, *data, "--freeze", tmp_path / "g.json", "--subword", "last"), "--subword")
+
+
+def test_flags_of_experiments_are_not_check_pys(call):
+    for flag in ("--groups", "--plain", "--control", "--per-head", "--measure"):
+        refused(call(check.main, flag), flag)
+    refused(call(check.main, "--shard", "0/2"), "not split into shards")
