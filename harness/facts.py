@@ -191,5 +191,5 @@ def write(file, facts, model, entry):
     kept = [question for question in facts.get(model, {}).get("questions", ()) if question["id"] not in asked]
     entry = json.loads(json.dumps(entry | {"questions": kept + entry["questions"]}))
     check(f"{file}, {model}", entry)
-    lines = (f" {json.dumps(name)}: {json.dumps(one)}" for name, one in (facts | {model: entry}).items())
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in (facts | {model: entry}).items())
     replace_text(Path(file), "{\n" + ",\n".join(lines) + "\n}\n")

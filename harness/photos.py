@@ -31,6 +31,13 @@ def words(title, columns, cells, shares, picture):
     save(fig, picture)
 
 
+def show(ax, image, alpha=1.0):
+    """The photo (PIL), for other things to be drawn over."""
+    ax.imshow(image, alpha=alpha)
+    ax.grid(False)
+    ax.axis("off")
+
+
 def patch_words(image, title, boxes, cells, shares, picture):
     """Words over the patches of a photo, coloured by probability; a panel for each of the two most frequent sizes.
 
@@ -49,9 +56,7 @@ def patch_words(image, title, boxes, cells, shares, picture):
     fig.set_size_inches(fig.get_size_inches() * (1 + max(map(len, kinds)) ** 0.5 / 12))
     set_title(fig, *title)
     for ax, mine in zip(axes, kinds, strict=True):
-        ax.imshow(image, alpha=0.6)
-        ax.grid(False)
-        ax.axis("off")
+        show(ax, image, 0.6)
         for i in mine:
             x0, y0, x1, y1 = boxes[i].tolist()
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colormaps["Blues"](shares[i]),
@@ -88,9 +93,7 @@ def maps_figure(image, rows, change):
     set_title(fig, heading(first | {"task": "own question"}), f"blocks of the photo \u2192 {first['target']}",
               ", ".join(first[key] for key in ("model", "dtype") if first.get(key)))
     for ax in axes:
-        ax.imshow(image)
-        ax.grid(False)
-        ax.axis("off")
+        show(ax, image)
     axes[0].set_title("the photo", fontsize=8)
     panels = iter(axes[1:])
     for name, label in columns:
@@ -121,9 +124,7 @@ def groups(image, grouped, boxes, annotated, picture):
     fig, axes = figure(len(kinds), "", "", "")
     set_title(fig, prompt.question, f"{len(named['image'])} image tokens")
     for ax, kind in zip(axes, kinds, strict=True):
-        ax.imshow(image)
-        ax.grid(False)
-        ax.axis("off")
+        show(ax, image)
         related = set(named.get("related_patches", ()))
         for i in named[kind]:
             x0, y0, x1, y1 = boxes[i - first].tolist()

@@ -32,7 +32,7 @@ def is_several(file):
 
 def run_labels(files):
     """What tells several runs apart, by the run.json beside each: model, dtype, window ...; else their folders."""
-    told, places = [], [str(Path(file).parent) for file in files]
+    records, places = [], [str(Path(file).parent) for file in files]
     if len(set(places)) < len(files):                               # two files of one folder
         places = list(map(str, files))
     if len({Path(file).resolve() for file in files}) < len(files):
@@ -42,15 +42,15 @@ def run_labels(files):
         try:
             record = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {"settings": {}}
             record = {record.get("csv"): record, **record.get("others", {})}.get(Path(file).name) or {"settings": {}}
-            told.append({"model": record.get("model"), **record["settings"]})
+            records.append({"model": record.get("model"), **record["settings"]})
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{info} is not a run's record ({type(e).__name__}: {e})") from e
-    if not all(len(one) > 1 for one in told):                       # of one, nothing is known
+    if not all(len(record) > 1 for record in records):              # of one, nothing is known
         return places
     keys = [key for key in ("model", "dtype", "preprocess", "window", "heads", "subword")
-            if len({str(one.get(key)) for one in told}) > 1]
-    labels = [", ".join(f"{'' if key in ('model', 'dtype') else key + ' '}{one.get(key)}" for key in keys)
-              for one in told]
+            if len({str(record.get(key)) for record in records}) > 1]
+    labels = [", ".join(f"{'' if key in ('model', 'dtype') else key + ' '}{record.get(key)}" for key in keys)
+              for record in records]
     return labels if len(set(labels)) == len(files) else places
 
 
