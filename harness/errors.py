@@ -57,13 +57,13 @@ def one_line_errors():
 def files_of(flag, given):
     """What a flag that takes several files was given -> list of files. A pattern that the shell did not expand (quoted,
     or on Windows) becomes the sorted names that it matches, unless a file has that very name. ValueError: none does."""
-    found = []
-    for text in given:
+    files = []
+    for text in map(os.path.expanduser, given):
         literal = glob.escape(text) == text or os.path.lexists(text)
         if not (names := [text] if literal else sorted(glob.glob(text))):
             raise ValueError(f"{flag} {text}: no file matches this pattern; check its folder, or name the files")
-        found += names
-    return found
+        files += names
+    return files
 
 
 class Printable:

@@ -86,7 +86,7 @@ def maps_figure(image, rows, change):
     from matplotlib.patches import Rectangle
     first = rows[0]
     views = [kind for kind in ([row for row in rows if row["view"] == 0], [row for row in rows if row["view"]]) if kind]
-    columns = [c for c in (("attention", "attention, % of a query's"), change) if first[c[0]] != ""]
+    columns = [c for c in (("attention", "attention, % of a query's total"), change) if first[c[0]] != ""]
     cuts = "all layers" if first["all_layers"] else (
         f"layer {first['layer']}" + (f", window {first['window']}" if first["window"] != 1 else ""))
     fig, axes = figure(1 + len(columns) * len(views), "", "", "")
