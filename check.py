@@ -419,8 +419,8 @@ def freeze(s):
     """--freeze: write what is measured on the questions of this run, as a facts file."""
     study, k = experiment.Study(s.cut.shared), s.cut.window
     study.need_photos("--freeze writes numbers of questions about photos")
-    m, name = s.cut.shared.model, study.facts()["model"]
-    how = {"dtype": study.facts()["dtype"], "window": k, "preprocess": m.preprocess,
+    m, name = s.cut.shared.model, study.measured_with()["model"]
+    how = {"dtype": study.measured_with()["dtype"], "window": k, "preprocess": m.preprocess,
            "image_id": study.config.text.vocab}
     before = facts.writable(s.freeze, name, **how)
     entry = {"source": f"python check.py --freeze, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}", **how,

@@ -243,9 +243,9 @@ def batches(study, size):
 def write_results(study, rows, table, write, csv_text):
     """accuracy.csv, predictions.json for GQA's scorer, and Table 2 on the screen."""
     file, predictions = study.run.out / "accuracy.csv", study.run.out / "predictions.json"
-    facts = study.facts()
-    head = ("group", "questions", "correct", "accuracy", "low", "high", *facts)
-    write(file, csv_text([head, *((*row, *facts.values()) for row in table)]))
+    how = study.measured_with()
+    head = ("group", "questions", "correct", "accuracy", "low", "high", *how)
+    write(file, csv_text([head, *((*row, *how.values()) for row in table)]))
     write(predictions, json.dumps([{"questionId": row["question_id"], "prediction": row["prediction"]}
                                    for row in rows], indent=0) + "\n")
     print(f"{'group':14}{'questions':>10}{'accuracy':>10}   95 % interval")

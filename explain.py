@@ -210,8 +210,8 @@ WORDS = {"image": "the image", "related_patches": "the patches of the annotated 
 def findings(page):
     """A careful sentence for each thing that was found, with its numbers."""
     answer, token, p = page["answer"] or page["token"], page["token"], page["p"]
-    L, k, said = page["L"], page["window"], []
-    said.append(f"The model answers “{answer}”; its first token, “{token}”, has probability {p:.3g}." + (
+    L, k, texts = page["L"], page["window"], []
+    texts.append(f"The model answers “{answer}”; its first token, “{token}”, has probability {p:.3g}." + (
         " So near to 1 a cut can hardly move it: see the margin." if p > 0.99 and page["margin"] is not None else ""))
     key, unit = ("margin", "nats") if p > 0.99 and page["margin"] is not None else ("change", "%")
     for edge in page["edges"]:
@@ -229,19 +229,19 @@ def findings(page):
             mean, low, high = control[key][i]
             text += (f": {edge[key][l]:+.2f} {unit}, against {mean:+.2f} ({low:+.2f} to {high:+.2f}) for "
                      f"{control['n']} random sources of the same size around layer {control['layers'][i]}")
-        said.append(text + ".")
+        texts.append(text + ".")
     for name, found in page["maps"]["targets"].items():
         all_layers = found[key]["all"]
         b = max(range(len(all_layers)), key=lambda i: abs(all_layers[i]))
         mass = [sum(column) / L for column in zip(*found["attention"], strict=True)]
         rank = 1 + sum(v > mass[b] for v in mass)
-        said.append(f"Of {len(mass)} blocks of the photo, the one whose cut from {WORDS[name]} in all layers changes "
+        texts.append(f"Of {len(mass)} blocks of the photo, the one whose cut from {WORDS[name]} in all layers changes "
                     f"the answer most ({all_layers[b]:+.2f} {unit}) is number {rank} by attention, mean over layers.")
     kept = [row for row in page["prune"] if row["same"] and row["layers"]]
-    said.append(f"Without the image in the last {kept[-1]['layers']} of {L} layers the answer stays “{answer}”, with "
+    texts.append(f"Without the image in the last {kept[-1]['layers']} of {L} layers the answer stays “{answer}”, with "
                 f"{100 * kept[-1]['flops']:.0f} % of the prefill's FLOPs." if kept else
                 f"Without the image in the last {page['prune'][1]['layers']} of {L} layers the answer is another one.")
-    return said
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------------- the page

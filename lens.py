@@ -310,17 +310,17 @@ def show_top(study, s, photos, runs):
     words = [[[spelt(model, i) for i in row] for row in rows] for rows in ids.tolist()]  # [layer][place][rank]
     file, picture = study.out / "top.csv", study.out / "top.png"
     file.parent.mkdir(parents=True, exist_ok=True)
-    said = study.facts()
+    how = study.measured_with()
     rows = [[*asked.first_columns, place, p.tokens[place], layer, 1 + rank,
              model.tokenizer.id_to_token(ids[layer, n, rank].item()),
-             finite(values[layer, n, rank].item(), asked.x.dtype), s.norm, *said.values()]
+             finite(values[layer, n, rank].item(), asked.x.dtype), s.norm, *how.values()]
             for layer in range(L + 1) for n, place in enumerate(places) for rank in range(s.top)]
     runs.replace_text(file, runs.csv_text([(*COLUMNS["top.csv"], "model", "dtype"), *rows]))
-    title, how = f"{asked.question.question} {asked.answer}", ", ".join(said.values())
+    title, notes = f"{asked.question.question} {asked.answer}", ", ".join(how.values())
     heading = f"{title}   ({s.norm} lens at {s.at})"                # printed once the files are there
     if patches:                                                     # hundreds of places: one layer's words fit
         layer = L if s.layer is None else s.layer
-        photos.patch_words(asked.question.open(), (title, f"{s.norm} lens after layer {layer} of {L}", how),
+        photos.patch_words(asked.question.open(), (title, f"{s.norm} lens after layer {layer} of {L}", notes),
                           study.patch_boxes(p)[[i - p.image.start for i in places]], [row[0] for row in words[layer]],
                           values[layer, :, 0].tolist(), picture)
         print(heading)
@@ -330,7 +330,7 @@ def show_top(study, s, photos, runs):
         titles = [f"{1 + k}." for k in range(s.top)] if single else [repr(p.tokens[i])[1:-1] for i in places]
         cells = [rows[0] if single else [row[0] for row in rows] for rows in words]
         shares = values[:, 0] if single else values[:, :, 0]
-        photos.words((title, f"{s.norm} lens at {s.at}", how), titles, cells, shares.tolist(), picture)
+        photos.words((title, f"{s.norm} lens at {s.at}", notes), titles, cells, shares.tolist(), picture)
         print(heading)
         print_table(titles, cells, shares.tolist())
     print(f"wrote {file} and {picture}")

@@ -135,8 +135,8 @@ def run(s, load=None):
     else:
         raise ValueError(f"no usable question: {study.bad[0]}")
     study.out.mkdir(parents=True, exist_ok=True)
-    file, picture, said = study.out / "map.csv", study.out / "map.png", study.facts()
-    columns, rows = (*COLUMNS, *said), [[*row, *said.values()] for row in rows]
+    file, picture, how = study.out / "map.csv", study.out / "map.png", study.measured_with()
+    columns, rows = (*COLUMNS, *how), [[*row, *how.values()] for row in rows]
     runs.replace_text(file, runs.csv_text([columns, *rows]))
     photos.maps(question.open(), [dict(zip(columns, row, strict=True)) for row in rows], VALUES[s.measure], picture)
     print(f"{question.question} {asked.answer} ({100 * asked.p:.1f} %)")

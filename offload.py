@@ -342,7 +342,7 @@ def together(model, do, items):
 class Session:
     def __init__(self, layers):
         self.layers, self.threads = layers, {}                      # threads: of each, its queue and the item's number
-        self.said = queue.SimpleQueue()                             # (number, "layer", i) or (number, "end", function)
+        self.messages = queue.SimpleQueue()                         # (number, "layer", i) or (number, "end", function)
 
     def mine(self):
         return threading.get_ident() in self.threads
@@ -350,7 +350,7 @@ class Session:
     def wait_for(self, i):
         """In an item's thread: stop here until layer i is there -> its block."""
         inbox, number = self.threads[threading.get_ident()]
-        self.said.put((number, "layer", i))
+        self.messages.put((number, "layer", i))
         block = self.layers.wait(inbox.get)
         if block is None:
             raise Stopped
@@ -367,16 +367,16 @@ class Session:
                 return
             try:
                 result = do(item)
-                self.said.put((number, "end", lambda: result))
+                self.messages.put((number, "end", lambda: result))
             except Stopped:
                 pass
             except BaseException as error:                          # it is raised where the result is asked for
-                self.said.put((number, "end", thrower(error)))
+                self.messages.put((number, "end", thrower(error)))
 
         def advance(number, block):
             """Let one item's thread run until it needs another layer, or ends."""
             inboxes[number].put(block)
-            _, what, value = self.said.get()
+            _, what, value = self.messages.get()
             waiting.pop(number, None)
             (waiting if what == "layer" else ends)[number] = value
         threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in enumerate(items)]

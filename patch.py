@@ -193,7 +193,7 @@ def measure(study, question, s):
     photo = study.other(question)
     other = clean_pass(d, corrupted(model, asked, photo, s), asked.positions, model.store)
     logits = unembed(d, other.stream[-1][0, -1])
-    said = model.words(model.decode(logits[None], other.caches, len(asked.prompt))[0])
+    other_answer = model.words(model.decode(logits[None], other.caches, len(asked.prompt))[0])
     pair = asked.scored.pair or (0, asked.token, logits.argmax().item())
     answer = Answer((asked.token,), pair=pair)
 
@@ -211,7 +211,7 @@ def measure(study, question, s):
     ends = plain_patch_ends(d, into, giver, asked.positions, groups, *how) if s.plain else patch_ends(
         d, into, giver, groups, *how)
     name = s.corrupt if s.corrupt != "photo" or not isinstance(photo, str | Path) else Path(photo).name
-    first = [*asked.first_columns, name, said]
+    first = [*asked.first_columns, name, other_answer]
     rows = [[*first, group, s.part, s.direction, s.window, l, clean, bad, margin, (margin - start) / (end - start)]
             for group, part in zip(named, ends, strict=True) for l, margin in enumerate(margins(part))]
     return asked, rows, lacking

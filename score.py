@@ -74,19 +74,19 @@ def columns(base, ends, answer):
 NO_OPTIONS = "the question has no second option; pass --options A,B"
 
 
-def option_pair(tokenizer, ids, said, true, false):
+def option_pair(tokenizer, ids, prediction, true, false):
     """Where two options part -> ((i, a, b), ""), see Answer; or (None, why there is no such place).
 
-    ids, said: the model's answer, as tokens and as text. true, false: the two options. Their spelling is the model's:
-    with a capital if its answer has one. Words that both begin with count if the answer begins with them, too; else
-    they are left out ("to the" left or right).
+    ids, prediction: the model's answer, as tokens and as text. true, false: the two options, which are spelt as the
+    model spells: with a capital if its answer has one. Words that both begin with count if the answer begins with them,
+    too; else they are left out ("to the" left or right).
     """
     if not (true and false):
         return None, NO_OPTIONS
     shared = os.path.commonprefix([true.split(), false.split()])
-    if shared and said.lower().split()[:len(shared)] != [word.lower() for word in shared]:
+    if shared and prediction.lower().split()[:len(shared)] != [word.lower() for word in shared]:
         true, false = (" ".join(option.split()[len(shared):]) for option in (true, false))
-    if said[:1].isupper():
+    if prediction[:1].isupper():
         true, false = (option[:1].upper() + option[1:] for option in (true, false))
     a, b = (tokenizer.encode(option, add_special_tokens=False).ids for option in (true, false))
     i = len(os.path.commonprefix([a, b]))
@@ -95,11 +95,11 @@ def option_pair(tokenizer, ids, said, true, false):
     if tuple(a[:len(ids)]) == tuple(ids) and i >= len(ids):
         return None, f"{true!r} and {false!r} begin with the same {i} tokens: only whole answers tell them apart"
     if tuple(a[:i]) != tuple(ids[:i]) or i >= len(ids):
-        return None, f"{true!r} and {false!r} begin alike, and the model's answer {said!r} begins otherwise"
+        return None, f"{true!r} and {false!r} begin alike, and the model's answer {prediction!r} begins otherwise"
     return (i, a[i], b[i]), ""
 
 
-def options_of(said, answer="", true="", false="", options=()):
+def options_of(prediction, answer="", true="", false="", options=()):
     """What is known of a question -> (true option, false option), or ("", "") where it has no two.
 
     options: both, where it is not known which is right; then the model's own answer counts as true. Yes and no are each
@@ -109,6 +109,6 @@ def options_of(said, answer="", true="", false="", options=()):
         return true, false
     if len(options) == 2:
         a, b = options
-        return (b, a) if b.strip().lower() == said.strip().lower() else (a, b)
-    other = {"yes": "no", "no": "yes"}.get((answer or said).strip().lower().rstrip("."))
-    return ((answer or said).strip().lower().rstrip("."), other) if other else ("", "")
+        return (b, a) if b.strip().lower() == prediction.strip().lower() else (a, b)
+    other = {"yes": "no", "no": "yes"}.get((answer or prediction).strip().lower().rstrip("."))
+    return ((answer or prediction).strip().lower().rstrip("."), other) if other else ("", "")

@@ -242,29 +242,29 @@ class Study(Asker):
         if not self.config.vision:
             raise ValueError(f"--model {self.shared.model.name} is text-only: {why}")
 
-    def facts(self, heads=None, subword=None, **settings):
+    def measured_with(self, heads=None, subword=None, **settings):
         """What every row says of its run, so that a CSV, and its picture, can be read alone: {column: text}. Of a model
         in a folder, the folder's name. heads, subword: where the instrument has them; "all" is every head."""
         m = self.shared.model
         dtype = hub.pick_dtype(m.dtype, hub.pick_device(m.device), self.checkpoint.files)
-        facts = {"model": short_name(m.name), "dtype": str(dtype).removeprefix("torch.")}
+        how = {"model": short_name(m.name), "dtype": str(dtype).removeprefix("torch.")}
         if subword:
-            facts |= {"subword": subword, "heads": ",".join(map(str, heads)) if heads else "all"}
-        return facts
+            how |= {"subword": subword, "heads": ",".join(map(str, heads)) if heads else "all"}
+        return how
 
     def open(self, name, columns, order=list, **settings):
         """Open, or resume, the run's files. settings: what its numbers depend on, besides model and questions.
 
-        columns: those of `facts` follow them. order(questions) -> them in the order of the CSV. ValueError: a picture
-        is missing, and see runs.Run.
+        columns: those of `measured_with` follow them. order(questions) -> them in the order of the CSV. ValueError: a
+        picture is missing, and see runs.Run.
         """
         m, d, files = self.shared.model, self.shared.data, self.checkpoint.files
         device = hub.pick_device(m.device)
         texts = [f for f in (files.config, files.tokenizer, files.generation, files.tower and files.tower.config) if f]
-        self.said = self.facts(**settings)
-        self.run = runs.Run(self.shared.out, name, (*columns, *self.said), {
+        self.how = self.measured_with(**settings)
+        self.run = runs.Run(self.shared.out, name, (*columns, *self.how), {
             "weights": hub.weights_hash(files), "config": list(map(runs.file_hash, texts)), "device": device,
-            "dtype": self.said["dtype"], "preprocess": m.preprocess,
+            "dtype": self.how["dtype"], "preprocess": m.preprocess,
             "all": d.all, **settings}, self.inputs(order), shard=d.shard, model=m.name,
             origin=self.checkpoint.origin, revision=self.checkpoint.revision, seed=self.shared.seed,
             data=[f"{f.name} {runs.file_hash(f)}" for f in data_files(d.data)], images=d.images,
@@ -386,7 +386,7 @@ class Study(Asker):
         if self.single and rows:                                    # what `report` says first
             note["answer"] = rows[0][5]                             # the prediction, see Question.first_columns
             note |= {"p": [asked.token_text, asked.p]} if isinstance(asked, Asked) else {}
-        self.run.write(question.key, [[*row, *self.said.values()] for row in rows], **note,
+        self.run.write(question.key, [[*row, *self.how.values()] for row in rows], **note,
                        **({"skipped": lacking} if lacking else {}))
 
     def finish(self):
@@ -412,8 +412,8 @@ class Study(Asker):
         if self.single and notes and "answer" in notes[0]:
             p = ["P of {!r}: {:.3g}".format(*notes[0]["p"])] if "p" in notes[0] else []
             known = ["which is right" if notes[0]["right"] else "which is wrong"] if self.known() else []
-            facts = f"   ({', '.join(p + known)})" if p or known else ""
-            print(f"{self.questions[0].question} {notes[0]['answer']}{facts}")
+            more = f"   ({', '.join(p + known)})" if p or known else ""
+            print(f"{self.questions[0].question} {notes[0]['answer']}{more}")
         else:
             print(f"{len(notes)} question{'s' * (len(notes) != 1)}{right}")
         if (wide := self.run.settings.get("window", 0)) > (L := self.config.text.layers):

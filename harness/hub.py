@@ -217,7 +217,7 @@ def together(model):
     if not isinstance(d.layers, Layers):
         return 1
     tokens = 700 if c.aspect == "pad" else 7500 if c.geometry.most else 2400
-    kept = 3 * c.text.layers if model.store is list else 1           # streams and caches, unless they are on a Shelf
+    kept = 3 * c.text.layers if model.store is list else 1          # streams and caches, unless they are on a Shelf
     branches = 6 * 30 * c.text.layers                               # tokens of six edges at every layer
     one = d.norm.weight.itemsize * c.text.width * (tokens * (3 + kept) + branches)
     free = free_memory(model.device.type) - 2 * sum(p.nbytes for p in d.layers.blocks[0].parameters())
