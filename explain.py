@@ -301,8 +301,11 @@ def write_tables(page, folder):
               *((r["layers"], r["answer"], int(r["same"]), r["flops"], r["seconds"]) for r in page["prune"])]
     checks = [("what", "number", "held"),
               *((*line, "" if held is None else int(held)) for *line, held in page["checks"])]
-    for name, rows in (("edges", edges), ("map", blocks), ("lens", words), ("prune", pruned), ("checks", checks)):
-        runs.replace_text(folder / f"page_{name}.csv", runs.csv_text(rows))
+    how = {key: page["made"][key] for key in ("model", "dtype")}
+    for name, (head, *rows) in (("edges", edges), ("map", blocks), ("lens", words), ("prune", pruned),
+                                ("checks", checks)):
+        table = [(*head, *how), *((*row, *how.values()) for row in rows)]
+        runs.replace_text(folder / f"page_{name}.csv", runs.csv_text(table))
 
 
 INDEX = """<!DOCTYPE html>
@@ -357,7 +360,7 @@ def run(s, load=None):
                 "photo": photo_of(question.open(), 260)}
             runs.replace_text(folder / "thumbnail.json", json.dumps(short))
             row = [*question.first_columns(page["answer"]), page["p"], str(folder.relative_to(study.out))]
-            study.run.write(question.key, [row], right=question.right(page["answer"]))
+            study.write(question, [row], right=question.right(page["answer"]))
     study.finish()
     study.print_bad()
     pages = [(folder, thumbnail(study.out / folder)) for folder in (

@@ -383,8 +383,8 @@ class Study(Asker):
         note, question = {} if right is None else {"right": right}, asked
         if isinstance(asked, Asked):
             note, question = {"right": asked.right}, asked.question
-        if self.single and rows:                                    # what `report` says first
-            note["answer"] = rows[0][5]                             # the prediction, see Question.first_columns
+        if self.single and rows and "prediction" in self.run.columns:          # what `report` says first
+            note["answer"] = rows[0][self.run.columns.index("prediction")]
             note |= {"p": [asked.token_text, asked.p]} if isinstance(asked, Asked) else {}
         self.run.write(question.key, [[*row, *self.how.values()] for row in rows], **note,
                        **({"skipped": lacking} if lacking else {}))

@@ -165,6 +165,7 @@ class Run:
 
     def append(self, rows):
         """Rows, into the CSV -> where they end there, and their hash."""
+        assert all(len(row) == len(self.columns) for row in rows), (self.columns, rows[0])
         data = csv_text(rows).encode()
         with naming(self.csv):
             self.rows.write(data)

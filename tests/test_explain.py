@@ -93,6 +93,8 @@ def test_the_csvs_beside_the_page_hold_its_numbers(made):
     _, folder, _ = made
     page = data_of(folder / "explain.html")
     edges = {(r["source"], r["target"], int(r["layer"]), r["random"]): r for r in read(folder / "page_edges.csv")}
+    for file in folder.glob("*.csv"):                               # each row says what it was measured with
+        assert all(None not in row and row["model"] and row["dtype"] == "float32" for row in read(file)), file
     for e in page["edges"]:
         for l in range(page["L"]):
             row = edges[e["source"], e["target"], l, ""]

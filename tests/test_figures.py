@@ -184,6 +184,12 @@ def test_shards_draw_the_figures_once_all_passes_are_merged(call, data, checkpoi
         assert one == two
 
 
+def test_the_norms_of_your_own_photo_are_drawn(call, photo, checkpoint, tmp_path):
+    code, _, err = call(figures.main, 15, "--model", checkpoint("llava-1.5"), "--image", photo, "--question", "What?",
+                        "--out", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out" / "figure_15.png").exists(), err
+
+
 @pytest.mark.slow
 def test_norms_are_those_of_the_towers_features_and_large_ones_can_be_left_out(call, data, checkpoint, model, tmp_path):
     argv = ("--model", checkpoint("llava-1.6"), *data, "--limit", 1, "--all", "--dtype", "float32", "--out", tmp_path)
