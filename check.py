@@ -42,9 +42,10 @@ from tqdm import tqdm
 
 import eval_gqa
 import knockout
+import lens
 from fork import additive, causal, probability, unembed
-from groups import random_sets
-from harness import errors, experiment, facts, flags, hub, tables
+from groups import parse_edge, random_sets
+from harness import errors, experiment, facts, flags, hub, runs, tables
 from harness.facts import CannotCheck, photo_of, question_of
 from harness.intervals import wilson
 from knockout import edge_mask, forward, percent, sweep, window
@@ -199,13 +200,11 @@ def brief(value):
 
 def measured_numbers(model, asked, edges, k):
     """experiment.Asked -> (what a facts file calls `numbers`, {edge that the question does not have: why})."""
-    d, (cuts, lacking) = model.decoder, replace(asked, strict=False).edges(edges)
-    points = sweep(d, asked.clean, list(cuts.values()), asked.token, k)
-    last = torch.cat([asked.clean.stream[1 + l][0, -1:] for l in range(len(d.layers))])     # (L, C)
-    logits = unembed(d, last)                                                               # (L, V)
-    ids, = model.decode(logits[-1:], asked.clean.caches, len(asked.prompt))
-    return {"token": asked.token, "answer_ids": ids, "p_base": asked.p, "lens_top1": logits.argmax(-1).tolist(),
-            "p_knockout": dict(zip(cuts, points, strict=True))}, lacking
+    cuts, lacking = replace(asked, strict=False).edges(edges)
+    points = sweep(model.decoder, asked.clean, list(cuts.values()), asked.token, k)
+    seen = lens.lens(model.decoder, asked.clean.stream, [-1], "final")[1:, 0]               # (L, V), after each layer
+    return {"token": asked.token, "answer_ids": list(asked.answer_ids), "p_base": asked.p,
+            "p_knockout": dict(zip(cuts, points, strict=True)), "lens_top1": seen.argmax(-1).tolist()}, lacking
 
 
 # Two float32 runs of one model differ by rounding alone. In bfloat16, in which the published numbers were measured, a
@@ -216,7 +215,7 @@ EXACT, ROUNDED = (1e-3, 3e-4, 1.0), (0.12, 0.04, 0.75)
 
 def check_numbers(s, study, entry):
     """Answers, curves and logit lens of known questions: of each the worst case."""
-    model, far, lens, other, base = study.model, defaultdict(list), [], [], []
+    model, far, words, other, base = study.model, defaultdict(list), [], [], []
     L, exact = len(model.decoder.layers), entry["dtype"] == hub.dtype_name(model.decoder.norm.weight) == "float32"
     point, mean, share = EXACT if exact else ROUNDED
     for fact in bar(entry["questions"], "numbers"):
@@ -230,7 +229,7 @@ def check_numbers(s, study, entry):
         except CannotCheck as e:
             yield f"numbers of question {key}: {e}"
             continue
-        edges = [tuple(edge.split("->")) for edge in wanted["p_knockout"]]
+        edges = list(map(parse_edge, wanted["p_knockout"]))
         ours, lacking = measured_numbers(model, study.ask(question_of(fact, s.images)), edges, entry["window"])
         yield from (f"numbers of question {key}, {edge}: {why}" for edge, why in lacking.items())
         expected = [i for i in wanted["answer_ids"] if i not in model.stop]
@@ -241,7 +240,7 @@ def check_numbers(s, study, entry):
             apart = np.abs(np.subtract(points, wanted["p_knockout"][edge])) / wanted["p_base"]
             far[edge].append((apart.max(), apart.mean(), key))
         if "lens_top1" in wanted:
-            lens.append((np.mean(np.equal(ours["lens_top1"], wanted["lens_top1"])), key))
+            words.append((np.mean(np.equal(ours["lens_top1"], wanted["lens_top1"])), key))
     if not base:
         return
     (apart, key), n = max(base), count(len(base), "question")
@@ -254,9 +253,9 @@ def check_numbers(s, study, entry):
         yield Check("numbers", f"{edge}, {n}: largest, mean difference of a curve ({key})",
                     f"{100 * worst:.2g}, {100 * most:.2g} %", f"at most {100 * point:g}, {100 * mean:g} %",
                     bool(worst <= point and most <= mean))
-    if lens:
-        same, key = min(lens)
-        n = count(len(lens), "question")
+    if words:
+        same, key = min(words)
+        n = count(len(words), "question")
         yield Check("numbers", f"logit lens, {n}: layers with the same likeliest token ({key})",
                     f"{100 * same:.3g} %", f"at least {100 * share:g} %", bool(same >= share))
 
@@ -419,9 +418,8 @@ def freeze(s):
     """--freeze: write what is measured on the questions of this run, as a facts file."""
     study, k = experiment.Study(s.cut.shared), s.cut.window
     study.need_photos("--freeze writes numbers of questions about photos")
-    m, name = s.cut.shared.model, study.measured_with()["model"]
-    how = {"dtype": study.measured_with()["dtype"], "window": k, "preprocess": m.preprocess,
-           "image_id": study.config.text.vocab}
+    m, (name, dtype) = s.cut.shared.model, study.measured_with().values()
+    how = {"dtype": dtype, "window": k, "preprocess": m.preprocess, "image_id": study.config.text.vocab}
     before = facts.writable(s.freeze, name, **how)
     entry = {"source": f"python check.py --freeze, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}", **how,
              "questions": []}
@@ -431,7 +429,7 @@ def freeze(s):
         entry["questions"].append({
             "id": q.id, "question": q.question, "answer": q.answer, "true_option": q.true_option,
             "false_option": q.false_option, "objects": q.objects, "boxes": q.boxes, "image": q.image.name,
-            "image_sha256": facts.sha256_of(q.image), "size": asked.prompt.size,
+            "image_sha256": runs.sha256(q.image), "size": asked.prompt.size,
             "prompt": facts.prompt_numbers(asked.prompt, asked.groups, how["image_id"]), "numbers": numbers})
     facts.write(s.freeze, before, name, entry)
     images = study.questions[0].image.parent

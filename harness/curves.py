@@ -24,19 +24,17 @@ NO_PAIR = "--measure margin: no question has a second option; pass --options A,B
 # ---------------------------------------------------------------------------------------------------- what was measured
 
 def heading(row):
-    """A row of your own question -> the question, its answer and the probability; "" for one of a file."""
-    if row.get("task") != "own question":
-        return ""
+    """A row -> its question, the answer and its probability."""
     asked = f"{row.get('question', '')} {row.get('prediction', '')}".strip()
     p = row.get("p_base", "")
     return f"{asked}  (P of its {row.get('subword') or 'first'} token: {float(p):.3g})" if p != "" else asked
 
 
 def measured_with(*files, but=()):
-    """CSVs -> (`heading`, model, dtype, window, heads and subword as text). Of these, what is not the same in the first
-    rows of all is left out, and so is what `but` names."""
+    """CSVs -> (of your own question its `heading`; model, dtype, window, heads and subword as text). Of these, what is
+    not the same in the first rows of all is left out, and so is what `but` names."""
     first = [next(iter(rows(file, ()))) for file in files]
-    headings = {heading(row) for row in first}
+    headings = {heading(row) if row.get("task") == "own question" else "" for row in first}
     same = {key: first[0][key] for key in ("model", "dtype", "window", "heads", "subword")
             if key not in but and first[0].get(key) and len({row.get(key) for row in first}) == 1}
     how = {"window": "window {}", "heads": "heads {}", "subword": "the answer's {} token"}
@@ -139,7 +137,7 @@ def curves(sources, series, value, scale, title, x_label, y_label, level=None, l
                     ax, layers[random[0]], values, len(layers[s]))
         if level is not None:
             ax.axhline(level, color="#666666", linewidth=0.8, zorder=0)
-        ax.set_title(panel_title(place, shown, value, fig.get_figwidth() / min(len(panels), 3)), fontsize=9)
+        ax.set_title(panel_title(place, shown, value, fig.get_figwidth() / ax.get_gridspec().ncols), fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True)
         if len(ax.lines[0].get_xdata()) == 1:
             ax.set_xticks(ax.lines[0].get_xdata())

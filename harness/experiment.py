@@ -44,6 +44,7 @@ class Asked:
     positions: torch.Tensor                        # (T,), for the decoder's rope
     clean: Clean                                   # residual stream and caches with nothing changed
     answer: str                                    # the model's own, as text
+    answer_ids: tuple                              # its tokens, without the end token
     scored: Answer                                 # its tokens, see score.py
     unpaired: str                                  # why there is no margin between two options; "": there is one
     token: int                                     # the token that is measured: the answer's first, or its last
@@ -196,7 +197,7 @@ class Asker:
         clean = clean_pass(d, x, positions, model.store)
         logits = unembed(d, clean.stream[-1][0, -1])
         ids, = model.decode(logits[None], clean.caches, len(prompt))
-        answer, first = model.words(ids), logits.argmax().item()
+        answer, answer_ids, first = model.words(ids), tuple(ids), logits.argmax().item()
         right, measured = question.right(answer), -1 if subword == "last" else 0
         ids = (ids or [first]) if whole or measured else [first]    # an empty answer is its end token
         if len(ids) > 1:
@@ -209,8 +210,9 @@ class Asker:
             logits = unembed(d, clean.stream[-1][0, predict[measured]])
         pair, why = option_pair(model.tokenizer, ids, answer, *options_of(
             answer, question.answer, question.true_option, question.false_option, question.options))
-        return Asked(question, prompt, groups, x, positions, clean, answer, Answer(tuple(ids), measured, pair), why,
-                     ids[measured], model.tokenizer.id_to_token(ids[measured]), probability(logits, ids[measured]),
+        return Asked(question, prompt, groups, x, positions, clean, answer, answer_ids,
+                     Answer(tuple(ids), measured, pair), why, ids[measured],
+                     model.tokenizer.id_to_token(ids[measured]), probability(logits, ids[measured]),
                      right, self.counts(right), self.single and self.shared.strict, self.shared.seed)
 
     def patch_boxes(self, prompt):

@@ -23,7 +23,7 @@ import numpy as np
 
 from groups import parse_edge
 from harness.questions import BUNDLED, Question, picture
-from harness.runs import replace_text
+from harness.runs import replace_text, sha256
 from llava_min import IMAGE, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,8 +53,12 @@ def text(value):
     return isinstance(value, str)
 
 
-def sha256(value):
+def digest(value):
     return text(value) and bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
+def mapping(value):
+    return isinstance(value, dict)
 
 
 def each(kind, n=None, least=0):
@@ -64,19 +68,20 @@ def each(kind, n=None, least=0):
 
 
 def edge(value):
+    """Is it an edge in its canonical spelling, which is what the results are named by?"""
     try:
-        return text(value) and bool(parse_edge(value))
+        return text(value) and "->".join(parse_edge(value)) == value
     except ValueError:
         return False
 
 
 def curves(value):
-    return isinstance(value, dict) and bool(value) and all(map(edge, value)) and all(
+    return mapping(value) and bool(value) and all(map(edge, value)) and all(
         each(share, least=1)(curve) for curve in value.values())
 
 
 def percents(value):
-    return isinstance(value, dict) and bool(value) and all(number(v) and 0 <= v <= 100 for v in value.values())
+    return mapping(value) and bool(value) and all(number(v) and 0 <= v <= 100 for v in value.values())
 
 
 def side(value):
@@ -85,11 +90,11 @@ def side(value):
 
 # key -> what its value must be. Keys of OPTIONAL may be absent.
 MEASURED = {"dtype": lambda v: v in ("float32", "bfloat16", "float16"), "window": side, "image_id": whole,
-            "preprocess": lambda v: v in ("llava", "hf"), "questions": each(lambda v: isinstance(v, dict), least=1)}
+            "preprocess": lambda v: v in ("llava", "hf"), "questions": each(mapping, least=1)}
 ASKED = {"id": text, "question": text, "answer": text, "true_option": text, "false_option": text, "objects": each(text),
-         "boxes": each(each(number, 4)), "image": text, "image_sha256": sha256, "size": each(side, 2),
-         "prompt": lambda v: isinstance(v, dict), "numbers": lambda v: isinstance(v, dict)}
-PROMPT = {"ids_sha256": sha256, "tokens": whole, "image": each(whole, 2), "question": each(whole, 2), "last": whole,
+         "boxes": each(each(number, 4)), "image": text, "image_sha256": digest, "size": each(side, 2),
+         "prompt": mapping, "numbers": mapping}
+PROMPT = {"ids_sha256": digest, "tokens": whole, "image": each(whole, 2), "question": each(whole, 2), "last": whole,
           "related_patches": each(whole)}
 NUMBERS = {"token": whole, "answer_ids": each(whole), "p_base": lambda v: share(v) and v > 0, "p_knockout": curves,
            "lens_top1": each(whole, least=1)}
@@ -109,7 +114,7 @@ def read(files):
 
 def check(where, entry):
     """ValueError: an entry of a facts file is none."""
-    if not isinstance(entry, dict) or not {"questions", "greedy", "accuracy"} & set(entry):
+    if not mapping(entry) or not {"questions", "greedy", "accuracy"} & set(entry):
         raise ValueError(f"{where}: not an entry of a facts file, as `check.py --freeze` writes it")
     keys(where, entry, {"source": text})
     if "questions" in entry:
@@ -119,8 +124,7 @@ def check(where, entry):
             keys(f"{where}, question {question['id']}, prompt", question["prompt"], PROMPT)
             keys(f"{where}, question {question['id']}, numbers", question["numbers"], NUMBERS)
     if "greedy" in entry:
-        if not isinstance(entry["greedy"], dict):
-            raise ValueError(f"{where}: greedy is not an object")
+        keys(where, entry, {"greedy": mapping})
         keys(f"{where}, greedy", entry["greedy"], GREEDY)
     if "accuracy" in entry:
         keys(where, entry, {"accuracy": percents})
@@ -143,11 +147,6 @@ def question_of(fact, images=None):
                     boxes=tuple(map(tuple, fact["boxes"])), size=tuple(fact["size"]))
 
 
-def sha256_of(file):
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def photo_of(fact, images):
     """The photo of a fact -> its path. CannotCheck: it is missing, or another one."""
     file = picture(images or PHOTOS, fact["image"])
@@ -156,8 +155,8 @@ def photo_of(fact, images):
         raise CannotCheck(f"{file} is missing{place}" if images else
                           f"it needs the photo {fact['image']}{place}; pass --images DIR")
     wanted = fact.get("image_sha256")
-    if wanted and (digest := sha256_of(file)) != wanted:
-        raise CannotCheck(f"{file} is another photo: its sha256 is {digest[:12]}..., not {wanted[:12]}...")
+    if wanted and (ours := sha256(file)) != wanted:
+        raise CannotCheck(f"{file} is another photo: its sha256 is {ours[:12]}..., not {wanted[:12]}...")
     return file
 
 

@@ -90,7 +90,7 @@ def maps_figure(image, rows, change):
     cuts = "all layers" if first["all_layers"] else (
         f"layer {first['layer']}" + (f", window {first['window']}" if first["window"] != 1 else ""))
     fig, axes = figure(1 + len(columns) * len(views), "", "", "")
-    set_title(fig, heading(first | {"task": "own question"}), f"blocks of the photo \u2192 {first['target']}",
+    set_title(fig, heading(first), f"blocks of the photo \u2192 {first['target']}",
               ", ".join(first[key] for key in ("model", "dtype") if first.get(key)))
     for ax in axes:
         show(ax, image)

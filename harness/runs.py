@@ -413,11 +413,16 @@ def text_hash(data):
 
 
 def file_hash(file):
-    """The same of a file's bytes. ValueError: it is missing, or a folder, pipe or device. OSError: it is unreadable."""
+    """The same of a file's bytes. Errors: as of `sha256`."""
+    return sha256(file)[:16]
+
+
+def sha256(file):
+    """A file's sha256, all of it. ValueError: it is missing, or a folder, pipe or device. OSError: it is unreadable."""
     if not Path(file).is_file():
         raise ValueError(f"{file}: " + ("not a file" if Path(file).exists() else "no such file"))
     with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def now():

@@ -12,7 +12,7 @@ import world
 from commands import refused
 
 import check
-from harness import facts, hub
+from harness import facts, hub, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -251,7 +251,7 @@ def test_every_entry_says_where_it_is_from_and_frozen_photos_are_the_bundled_one
     assert set(frozen) == set(hub.BUNDLED)
     for entry in frozen.values():
         for q in entry["questions"]:
-            assert facts.sha256_of(ROOT / "tiny" / "val" / "images" / q["image"]) == q["image_sha256"]
+            assert runs.sha256(ROOT / "tiny" / "val" / "images" / q["image"]) == q["image_sha256"]
 
 
 # ---------------------------------------------------------------------------------------------------- bad facts
