@@ -449,9 +449,11 @@ def parse(parser, argv=None):
     group.add_argument("--against", metavar="FILE", help="numbers to compare with (harness/published.json, "
                        "tiny/frozen.json)")
     group.add_argument("--freeze", metavar="FILE", help="write this model's numbers on these questions, and stop")
-    args = parser.cut_args(argv, "out/check", experiments=False)
+    parser.add_cut_flags("out/check")
+    args = parser.parse_args(argv)
     limit, args.limit = args.limit, args.limit or (None if args.data else 1)    # bundled: one question of each task
-    cut = knockout.parse(parser, args=args)
+    cut = knockout.Settings(parser.shared(args), parser.edges_of(args, knockout.EDGES), args.window or
+                            parser.window(args.model), args.heads, args.subword, args.max_norm, args.paper_spans)
     if args.gqa and not args.images:
         raise ValueError("--gqa needs --images DIR, the folder of its photos")
     for flag, there in (("gqa", Path.is_file), ("against", Path.is_file), ("images", Path.is_dir)):

@@ -283,15 +283,17 @@ def jobs_of(decoder, asked, edge, source, target, s, lacking):
         for name, layers, places in asked.controls(edge, source, target, s, L, lacking))]
 
 
-def parse(parser, argv=None, args=None):
-    """The command line, or what was parsed of it, -> Settings."""
-    args = args or parser.cut_args(argv, "out/knockout")
-    edges = [f"{args.src}->{args.tgt}"] * bool(args.src) + args.edge
-    if not edges and not args.groups:                               # without --box there are no patch groups
-        edges = EDGES if args.box or not args.question else EDGES[:4]
-    return Settings(parser.shared(args), parser.edges(edges), args.window, args.heads, args.subword, args.max_norm,
-                    args.paper_spans, args.plain, args.groups, args.measure, args.control, args.control_of,
-                    args.control_step, args.per_head)
+def parse(parser, argv=None):
+    """The command line -> Settings."""
+    parser.add_cut_flags("out/knockout", "; 1 with --per-head")
+    parser.add_experiment_flags()
+    args = parser.parse_args(argv)
+    parser.check_experiment(args)
+    edges = parser.edges_of(args, () if args.groups else EDGES)
+    k = args.window or (1 if args.per_head else parser.window(args.model))
+    return Settings(parser.shared(args), edges, k, args.heads, args.subword, args.max_norm, args.paper_spans,
+                    args.plain, args.groups, args.measure, args.control, args.control_of, args.control_step,
+                    args.per_head)
 
 
 if __name__ == "__main__":

@@ -214,33 +214,55 @@ class Parser(argparse.ArgumentParser):
         self.add_data_flags()
         self.add_run_flags(out)
 
-    def cut_args(self, argv, out, experiments=True):
-        """Add the flags that choose what is cut, and all shared ones, and parse: of knockout.py, and check.py. The
-        latter lacks those of `experiments`, which keep their defaults."""
-        group = self.add_argument_group("what to cut")
-        group.add_argument("--src", metavar="GROUP", help=f"keys to hide: a token group, {self.groups}")
-        group.add_argument("--tgt", metavar="GROUP", help="the queries they are hidden from: another group")
-        group.add_argument("--edge", nargs="+", action="extend", default=[], metavar="A->B",
-                           help=f"several edges in one run (default: those of figures 3-5, {', '.join(PAPER_EDGES)}; "
-                                "the last two need boxes, so for your own question without --box the first four)")
-        group.add_argument("--window", type=self.count, metavar="K", help="layers cut at once (default: 9; 3 for the "
-                           "bundled models, which have 10 layers" + ("; 1 with --per-head)" if experiments else ")"))
-        group.add_argument("--heads", type=self.numbers, metavar="H,H", help="for these heads alone (default: all)")
-        group.add_argument("--subword", choices=("first", "last"), default="first",
-                           help="measure the answer's first token, or its last one, given the others (default: first)")
-        group.add_argument("--max-norm", type=self.size, metavar="X",
-                           help="leave patches of a larger feature norm out of related and other patches (figure 16)")
-        group.add_argument("--paper-spans", action="store_true",
-                           help="find words as the paper's code does: hat in What")
+    def add_cut_flags(self, out, window=""):
+        """Those that choose what is cut, and all shared ones: of knockout.py, check.py. window: more on its default."""
+        self.cut = self.add_argument_group("what to cut")
+        add = self.cut.add_argument
+        add("--src", metavar="GROUP", help=f"keys to hide: a token group, {self.groups}")
+        add("--tgt", metavar="GROUP", help="the queries they are hidden from: another group")
+        add("--edge", nargs="+", action="extend", default=[], metavar="A->B",
+            help=f"several edges in one run (default: those of figures 3-5, {', '.join(PAPER_EDGES)};"
+                 " the last two need boxes, so for your own question without --box the first four)")
+        add("--window", type=self.count, metavar="K", help="layers cut at once (default: 9; 3 for the "
+            f"bundled models, which have 10 layers{window})")
+        add("--heads", type=self.numbers, metavar="H,H", help="for these heads alone (default: all)")
+        add("--subword", choices=("first", "last"), default="first", help="measure the answer's first "
+            "token, or its last one, given the others (default: first)")
+        add("--max-norm", type=self.size, metavar="X", help="leave patches of a larger feature norm "
+            "out of related and other patches (figure 16)")
+        add("--paper-spans", action="store_true",
+            help="find words as the paper's code does: hat in What")
         self.add_shared_flags(out)
-        if experiments:
-            self.add_experiment_flags(group)
-        else:
-            self.set_defaults(per_head=0, control=0, control_of="source", control_step=None, measure="first",
-                              plain=False, groups=False)
-        args = self.parse_args(argv)
+
+    def edges_of(self, args, default):
+        """The edges that these flags choose, as `edges` gives them. default: where they choose none; of it, your own
+        question without --box gets the first four, since it has no patch groups. ValueError: one of --src and --tgt."""
         if bool(args.src) != bool(args.tgt):
             raise ValueError("--src and --tgt go together")
+        edges = [f"{args.src}->{args.tgt}"] * bool(args.src) + args.edge
+        return self.edges(edges or (default if args.box or not args.question else default[:4]))
+
+    def add_experiment_flags(self):
+        """Those that knockout.py has besides."""
+        add = self.cut.add_argument
+        add("--per-head", type=self.count, nargs="?", const=10, default=0, metavar="N",
+            help="cut each head of each layer alone, rank them, then cut the first N together (10)")
+        add("--control", type=self.count, default=0, metavar="N",
+            help="cut N random sources of the same size besides, drawn grey")
+        add("--control-of", choices=("source", "target"), default="source",
+            help="what of the edge is random (default: source)")
+        add("--control-step", type=self.count, metavar="K", help="at every K-th layer (default: at "
+            "three layers, since N controls cost N times an edge)")
+        add("--measure", choices=("first", "answer", "margin"), default="first",
+            help="what is drawn: P(one token), log P(whole answer) per token, or the margin log P(true "
+                 "option) - log P(false option); the CSV has all (default: first)")
+        self.run.add_argument("--plain", action="store_true",
+                              help="a forward pass per layer and edge: slow, same curves")
+        self.run.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
+        self.run.add_argument("--list-groups", action="version", version=GROUPS, help="say what each group is")
+
+    def check_experiment(self, args):
+        """ValueError: two of these flags do not go together, or --control is too large."""
         if args.per_head and (args.plain or args.control):
             raise ValueError(f"--per-head and {'--plain' if args.plain else '--control'} cannot be combined")
         if args.per_head and args.shard:
@@ -248,26 +270,6 @@ class Parser(argparse.ArgumentParser):
         self.check_control(args.control)
         if args.per_head and len(args.edge) + bool(args.src) != 1:
             raise ValueError("--per-head ranks heads for one edge: give it with --edge")
-        args.window = args.window or (1 if args.per_head else self.window(args.model))
-        return args
-
-    def add_experiment_flags(self, group):
-        """Those that knockout.py has besides."""
-        group.add_argument("--per-head", type=self.count, nargs="?", const=10, default=0, metavar="N",
-                           help="cut each head of each layer alone, rank them, then cut the first N together (10)")
-        group.add_argument("--control", type=self.count, default=0, metavar="N",
-                           help="cut N random sources of the same size besides, drawn grey")
-        group.add_argument("--control-of", choices=("source", "target"), default="source",
-                           help="what of the edge is random (default: source)")
-        group.add_argument("--control-step", type=self.count, metavar="K", help="at every K-th layer (default: at "
-                           "three layers, since N controls cost N times an edge)")
-        group.add_argument("--measure", choices=("first", "answer", "margin"), default="first",
-                           help="what is drawn: P(one token), log P(whole answer) per token, or the margin log P(true "
-                                "option) - log P(false option); the CSV has all (default: first)")
-        self.run.add_argument("--plain", action="store_true",
-                              help="a forward pass per layer and edge: slow, same curves")
-        self.run.add_argument("--groups", action="store_true", help="show the first question's token groups and stop")
-        self.run.add_argument("--list-groups", action="version", version=GROUPS, help="say what each group is")
 
     @staticmethod
     def check_control(n):
