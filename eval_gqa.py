@@ -201,7 +201,7 @@ def run(s, load=None):
         chosen = [q for q in study.questions if q.key in right]
         paths = collect(s.collect, s.shared.data.data[0], chosen, s.most, s.shared.seed)
     table = accuracy(rows, questions.group_of, questions.SIX, intervals.wilson)
-    write_results(study, rows, table, runs.replace_text, runs.csv_text)
+    write_results(study, rows, table, runs)
     for path in paths:
         print(f"wrote {path}")
     study.print_bad()
@@ -240,14 +240,13 @@ def batches(study, size):
             batch = []
 
 
-def write_results(study, rows, table, write, csv_text):
+def write_results(study, rows, table, runs):
     """accuracy.csv, predictions.json for GQA's scorer, and Table 2 on the screen."""
     file, predictions = study.run.out / "accuracy.csv", study.run.out / "predictions.json"
-    how = study.measured_with()
-    head = ("group", "questions", "correct", "accuracy", "low", "high", *how)
-    write(file, csv_text([head, *((*row, *how.values()) for row in table)]))
-    write(predictions, json.dumps([{"questionId": row["question_id"], "prediction": row["prediction"]}
-                                   for row in rows], indent=0) + "\n")
+    head = ("group", "questions", "correct", "accuracy", "low", "high")
+    runs.replace_text(file, runs.csv_text(runs.widened(head, table, study.how)))
+    predicted = [{"questionId": row["question_id"], "prediction": row["prediction"]} for row in rows]
+    runs.replace_text(predictions, json.dumps(predicted, indent=0) + "\n")
     print(f"{'group':14}{'questions':>10}{'accuracy':>10}   95 % interval")
     for name, n, _, share, low, high in table:
         print(f"{name:14}{n:>10}{100 * share:>8.2f} %   {100 * low:.2f} to {100 * high:.2f} %")

@@ -236,11 +236,11 @@ def findings(page):
         mass = [sum(column) / L for column in zip(*found["attention"], strict=True)]
         rank = 1 + sum(v > mass[b] for v in mass)
         texts.append(f"Of {len(mass)} blocks of the photo, the one whose cut from {WORDS[name]} in all layers changes "
-                    f"the answer most ({all_layers[b]:+.2f} {unit}) is number {rank} by attention, mean over layers.")
+                     f"the answer most ({all_layers[b]:+.2f} {unit}) is number {rank} by attention, mean over layers.")
     kept = [row for row in page["prune"] if row["same"] and row["layers"]]
     texts.append(f"Without the image in the last {kept[-1]['layers']} of {L} layers the answer stays “{answer}”, with "
-                f"{100 * kept[-1]['flops']:.0f} % of the prefill's FLOPs." if kept else
-                f"Without the image in the last {page['prune'][1]['layers']} of {L} layers the answer is another one.")
+                 f"{100 * kept[-1]['flops']:.0f} % of the prefill's FLOPs." if kept else
+                 f"Without the image in the last {page['prune'][1]['layers']} of {L} layers the answer is another one.")
     return texts
 
 
@@ -278,8 +278,9 @@ def write_page(page, file):
     runs.replace_text(file, template.replace("/*DATA*/null", text).replace("<!--TITLE-->", title))
 
 
-def write_tables(page, folder):
-    """The CSVs beside a page: every number that it shows, with all digits. An empty layer is all layers at once."""
+def write_tables(page, folder, how):
+    """The CSVs beside a page: every number that it shows, with all digits. An empty layer is all layers at once. how:
+    what it was measured with, {column: value}."""
     measures = [m for m in ("change", "logp", "margin") if m != "margin" or page["margin"] is not None]
     edges = [("source", "target", "random", "layer", *measures, "p")]
     for e in page["edges"]:
@@ -301,11 +302,9 @@ def write_tables(page, folder):
               *((r["layers"], r["answer"], int(r["same"]), r["flops"], r["seconds"]) for r in page["prune"])]
     checks = [("what", "number", "held"),
               *((*line, "" if held is None else int(held)) for *line, held in page["checks"])]
-    how = {key: page["made"][key] for key in ("model", "dtype")}
     for name, (head, *rows) in (("edges", edges), ("map", blocks), ("lens", words), ("prune", pruned),
                                 ("checks", checks)):
-        table = [(*head, *how), *((*row, *how.values()) for row in rows)]
-        runs.replace_text(folder / f"page_{name}.csv", runs.csv_text(table))
+        runs.replace_text(folder / f"page_{name}.csv", runs.csv_text(runs.widened(head, rows, how)))
 
 
 INDEX = """<!DOCTYPE html>
@@ -354,7 +353,7 @@ def run(s, load=None):
             page = measure(study.model, question, s) | {"made": made}
             folder = study.out / folder_of(question, study.single)
             folder.mkdir(parents=True, exist_ok=True)
-            write_tables(page, folder)
+            write_tables(page, folder, study.how)
             write_page(page, folder / "explain.html")
             short = {key: page[key] for key in ("question", "answer", "findings")} | {
                 "photo": photo_of(question.open(), 260)}

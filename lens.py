@@ -310,12 +310,12 @@ def show_top(study, s, photos, runs):
     words = [[[spelt(model, i) for i in row] for row in rows] for rows in ids.tolist()]  # [layer][place][rank]
     file, picture = study.out / "top.csv", study.out / "top.png"
     file.parent.mkdir(parents=True, exist_ok=True)
-    how = study.measured_with()
     rows = [[*asked.first_columns, place, p.tokens[place], layer, 1 + rank,
              model.tokenizer.id_to_token(ids[layer, n, rank].item()),
-             finite(values[layer, n, rank].item(), asked.x.dtype), s.norm, *how.values()]
+             finite(values[layer, n, rank].item(), asked.x.dtype), s.norm]
             for layer in range(L + 1) for n, place in enumerate(places) for rank in range(s.top)]
-    runs.replace_text(file, runs.csv_text([(*COLUMNS["top.csv"], "model", "dtype"), *rows]))
+    how = study.measured_with()
+    runs.replace_text(file, runs.csv_text(runs.widened(COLUMNS["top.csv"], rows, how)))
     title, notes = f"{asked.question.question} {asked.answer}", ", ".join(how.values())
     heading = f"{title}   ({s.norm} lens at {s.at})"                # printed once the files are there
     if patches:                                                     # hundreds of places: one layer's words fit

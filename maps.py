@@ -135,9 +135,9 @@ def run(s, load=None):
     else:
         raise ValueError(f"no usable question: {study.bad[0]}")
     study.out.mkdir(parents=True, exist_ok=True)
-    file, picture, how = study.out / "map.csv", study.out / "map.png", study.measured_with()
-    columns, rows = (*COLUMNS, *how), [[*row, *how.values()] for row in rows]
-    runs.replace_text(file, runs.csv_text([columns, *rows]))
+    file, picture = study.out / "map.csv", study.out / "map.png"
+    columns, *rows = table = runs.widened(COLUMNS, rows, study.measured_with())
+    runs.replace_text(file, runs.csv_text(table))
     photos.maps(question.open(), [dict(zip(columns, row, strict=True)) for row in rows], VALUES[s.measure], picture)
     print(f"{question.question} {asked.answer} ({100 * asked.p:.1f} %)")
     print(f"wrote {file} and {picture}")

@@ -407,6 +407,11 @@ def show(value):
     return text if len(text) < 150 else text[:140] + " ..."
 
 
+def widened(head, rows, more):
+    """A CSV's head and rows, and {column: its value in every row} -> the whole table, the head first."""
+    return [(*head, *more), *((*row, *more.values()) for row in rows)]
+
+
 def text_hash(data):
     """The first 16 hex digits of a text's sha256: enough to notice a change."""
     return hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest()[:16]
